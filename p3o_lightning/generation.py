@@ -1,0 +1,143 @@
+"""Sampling K responses for each prompt: one prefill a prompt, inverse-CDF draws, finished rows dropped from the batch.
+
+Every token is a function of (weights, prompt, its own uniform draw), so which rows share a batch, and when others finish,
+changes nothing; and a seed fixes the whole rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from p3o_lightning.batches import PromptBatch
+from p3o_lightning.errors import InputError
+from p3o_lightning.models import accepts, positions_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        num_generations: responses for each prompt.
+        max_completion_length: tokens a response may have, EOS included.
+        temperature: divides the logits; scoring divides them alike.
+        top_p: keep the most likely tokens up to this probability mass; 1 = off.
+        top_k: keep this many tokens; 0 = off.
+    """
+
+    num_generations: int = 2
+    max_completion_length: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("num_generations", self.num_generations >= 1, "a whole number of at least 1"),
+            ("max_completion_length", self.max_completion_length >= 1, "a number of tokens of at least 1"),
+            ("temperature", self.temperature > 0, "a number above 0, e.g. 1.0"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]; 1 = off"),
+            ("top_k", self.top_k >= 0, "a number of tokens; 0 = off"),
+        ):
+            if not valid:
+                raise InputError(f"model.{name} is {getattr(self, name)}: choose {wanted}.")
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    sampling: Sampling,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    seed: int,
+) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
+    """Responses and their mask, which is True up to and including the first EOS; a truncated response has none.
+
+    Prompts are padded on the left. The token axis is as long as the longest response drawn. Call it in eval mode.
+    """
+    prompts, count = len(prompt_tokens), sampling.num_generations
+    rows = prompts * count
+    device = prompt_tokens.device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
+    uniforms = torch.rand(rows, sampling.max_completion_length, generator=generator).to(device)
+
+    tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
+    lengths = torch.full((rows,), sampling.max_completion_length, device=device)
+
+    logits, cache = _forward(model, prompt_tokens, prompt_mask, positions_of(prompt_mask), DynamicCache(config=_config(model)))
+    logits = logits.repeat_interleave(count, 0)
+    cache.batch_repeat_interleave(count)
+    mask = prompt_mask.repeat_interleave(count, 0)
+    alive = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
+
+    for step in range(sampling.max_completion_length):
+        drawn = draw(logits, uniforms[alive, step], sampling)
+        tokens[alive, step] = drawn
+        going = drawn != eos_token_id
+        lengths[alive[~going]] = step + 1
+        if step + 1 == sampling.max_completion_length or not going.any():
+            break
+        if not going.all():
+            kept = going.nonzero().squeeze(1)
+            alive, drawn, mask = alive[kept], drawn[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits, cache = _forward(model, drawn.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
+
+    longest = int(lengths.max())
+    tokens = tokens[:, :longest]
+    token_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
+    return tokens.view(prompts, count, longest), token_mask.view(prompts, count, longest)
+
+
+def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
+    """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform draw in [0, 1)."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each one
+        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    token = torch.searchsorted(cumulative, (uniforms.unsqueeze(1) * cumulative[:, -1:]), right=True)
+    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, tokens: Tensor, mask: Tensor) -> list[dict[str, Any]]:
+    """Rows {"prompt", "responses"} of sampled completions, for JSONL."""
+    texts = decode_completions(tokenizer, tokens, mask)
+    return [{"prompt": prompt, "responses": responses} for prompt, responses in zip(batch.prompts, texts, strict=True)]
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[list[str]]:
+    """Texts of completions ("prompt response token") without padding and special tokens."""
+    return [
+        [str(tokenizer.decode(row[kept], skip_special_tokens=True)) for row, kept in zip(rows, masks, strict=True)]
+        for rows, masks in zip(tokens.cpu(), mask.cpu(), strict=True)
+    ]
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+
+
+def _forward(model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, DynamicCache]:
+    """Logits of the last position, and the grown cache."""
+    options: dict[str, Any] = {"attention_mask": mask.long(), "past_key_values": cache, "use_cache": True}
+    if accepts(model, "position_ids"):
+        options["position_ids"] = positions
+    if accepts(model, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    output = model(input_ids=tokens, **options)
+    return output.logits[:, -1], output.past_key_values

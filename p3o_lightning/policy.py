@@ -1,0 +1,422 @@
+"""Stage 3: a policy improved by comparing its own responses (P3O, Pairwise Proximal Policy Optimization, arXiv 2310.00212)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
+
+from p3o_lightning.batches import Experience, PromptBatch
+from p3o_lightning.errors import InputError
+from p3o_lightning.experience import ExperienceLoader, ExperienceState
+from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions
+from p3o_lightning.models import ModelSource, completion_logps, eval_mode, is_adapted, load_policy, read_checkpoint, turn_dropout_off
+from p3o_lightning.objectives import P3OTerms, kl_estimates, p3o_loss, p3o_token_loss, sqrt_length_clip_range
+from p3o_lightning.rewards import Responses, RewardInput, reward_sources
+from p3o_lightning.seeds import mix
+from p3o_lightning.stage import Stage
+
+
+class PairwisePolicy(Stage):
+    """A policy trained by P3O: draw K responses a prompt, score them, and push apart the log-probabilities of every pair by its reward gap.
+
+    The reference is a frozen copy of the policy as it starts (with LoRA: the policy with its adapter switched off). Reference and
+    reward models are kept out of the module's parameters: not trained, not saved.
+
+    Args:
+        model: hub name, transformers folder, GGUF file, checkpoint of ours, or a from-scratch config such as {model_type: llama, ...}.
+        reward_funcs: a RewardModel, its checkpoint or folder, a function f(prompts, completions, completion_ids, **columns) or its
+            dotted name; or a list of these.
+        reward_weights: one factor for each of reward_funcs; None is 1 each.
+        reference: model source of the reference; None copies the policy before its first update.
+        objective: "p3o".
+        num_generations: K, responses drawn for each prompt; the loss takes all pairs.
+        num_iterations: passes over the experience of one rollout.
+        micro_batch_size: prompts (with all their responses) in one forward and backward; None is data.batch_size.
+        max_completion_length: tokens a response may have, EOS included.
+        temperature: divides the logits when sampling and when scoring alike.
+        top_p: nucleus sampling; 1 = off. Below 1 the sampler is no longer the policy that is scored.
+        top_k: sample among this many tokens; 0 = off. As top_p.
+        clipping: "joint" boxes the pair's log-odds (P3O-V2), "separate" each ratio (P3O-V1).
+        clip_range: half-width of the box: nats (joint), or ratio around 1 (separate); 0.2 in the authors' code.
+        clip_level: "sequence" boxes whole responses, "token" each token's log-probability.
+        clip_reference_length: tokens at which clip_range holds; it then grows with sqrt(length). None: the same at every length.
+        weight_cap: importance weights are cut to [1/cap, cap]; 10 in the authors' code.
+        cross_weight: "separate" only: weigh each response by the other's ratio, as the authors do.
+        kl_coef: price of leaving the reference, in reward units per nat; 0.05 in the authors' code.
+        kl_target: nats of KL that an adaptive kl_coef steers to; None keeps kl_coef fixed.
+        kl_horizon: responses over which the adaptive kl_coef may change by a factor of about 1.2.
+        kl_source: "current" takes the KL part at the policy being trained, "rollout" at the one that sampled.
+        gap_scale: "rms" divides each pair's gap by the micro-batch's root mean square reward gap; None leaves it.
+        missing_eos_penalty: subtracted from the score of a response that was cut off, in reward units.
+        disable_dropout: keep dropout off in training too, so that the first update sees the ratio 1.
+        seed: of sampling and of micro-batch order.
+        tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
+        peft_config: fields of peft.LoraConfig, e.g. {r: 16, lora_alpha: 32}; None trains all weights.
+        dtype: weights of policy, reference and reward models: float32, bfloat16, float16, or auto (as stored).
+        lr: learning rate of the default AdamW.
+        optimizer: factory called with the trainable parameters; None is AdamW(lr, betas=(0.9, 0.95)).
+        lr_scheduler: factory called with the optimizer; stepped once an update.
+    """
+
+    view = "prompts"
+
+    def __init__(
+        self,
+        model: ModelSource,
+        reward_funcs: RewardInput | Sequence[RewardInput] | None = None,
+        reward_weights: list[float] | None = None,
+        *,
+        reference: ModelSource | None = None,
+        objective: Literal["p3o"] = "p3o",
+        num_generations: int = 2,
+        num_iterations: int = 1,
+        micro_batch_size: int | None = None,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        clipping: Literal["joint", "separate"] = "joint",
+        clip_range: float = 0.2,
+        clip_level: Literal["sequence", "token"] = "sequence",
+        clip_reference_length: int | None = None,
+        weight_cap: float = 10.0,
+        cross_weight: bool = True,
+        kl_coef: float = 0.05,
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
+        kl_source: Literal["current", "rollout"] = "current",
+        gap_scale: Literal["rms"] | None = None,
+        missing_eos_penalty: float | None = None,
+        disable_dropout: bool = True,
+        seed: int = 0,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft_config: dict[str, Any] | Any | None = None,
+        dtype: str = "float32",
+        lr: float = 1e-6,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_settings(arguments)
+        super().__init__(
+            model,
+            load_policy,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            dtype=dtype,
+            lr=lr,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            arguments=arguments,
+        )
+        if disable_dropout:
+            turn_dropout_off(self.model)
+        self.sampling = Sampling(num_generations, max_completion_length, temperature, top_p, top_k)
+        self.num_iterations, self.micro_batch_size, self.seed = num_iterations, micro_batch_size, seed
+        self.loss_settings: dict[str, Any] = {"weight_cap": weight_cap, "kl_source": kl_source, "gap_scale": gap_scale}
+        self.clipping, self.clip_range, self.clip_level = clipping, clip_range, clip_level
+        self.clip_reference_length, self.cross_weight = clip_reference_length, cross_weight
+        self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
+        self.dtype_name = dtype
+        self.state = ExperienceState(kl_coef=kl_coef)
+        self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout, rank)
+        self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
+        self.latest: dict[str, float] = {}  # figures of the latest rollout
+        self.reference_source = reference
+        self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
+        self._reference: list[nn.Module] = []  # in a list, so that it is no submodule: neither saved nor optimised
+
+    # ---- the algorithm
+
+    def rollout_step(self, prompts: PromptBatch) -> Experience:
+        """Draw K responses for every prompt, and score them under reward, policy and reference. Override it to make experience differently."""
+        tokens, mask = self.sample(prompts)
+        return Experience(
+            prompt_tokens=prompts.tokens,
+            prompt_mask=prompts.attention_mask,
+            completion_tokens=tokens,
+            completion_mask=mask,
+            old_token_logps=self.policy_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
+            ref_token_logps=self.reference_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
+            scores=self.score(prompts, tokens, mask),
+        )
+
+    def training_step(self, batch: Experience, batch_idx: int) -> STEP_OUTPUT:
+        """The P3O loss of one micro-batch of pairs."""
+        if not isinstance(batch, Experience):
+            raise InputError(
+                "the training loader yields prompts, not experience: use trainer.fit(policy, policy.wrap_train_dataloader(loader)), "
+                "or a PreferenceDataModule, which does it."
+            )
+        tokens_and_masks = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
+        token_logps = completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
+        terms = self.loss(token_logps, batch)
+        self.log_update(terms)
+        return terms.loss
+
+    def loss(self, token_logps: Float[Tensor, "prompt response token"], batch: Experience) -> P3OTerms:
+        """Clipped pairwise loss on whole responses, or with each token's log-probability clipped."""
+        clip_range: Any = self.clip_range
+        if self.clip_reference_length is not None:
+            clip_range = sqrt_length_clip_range(self.clip_range, batch.completion_mask.sum(-1), self.clip_reference_length)
+        settings = {**self.loss_settings, "clip_range": clip_range, "kl_coef": self.state.kl_coef, "gaps": batch.gaps}
+        scores = batch.scores if batch.gaps is None else None
+        if self.clip_level == "token":
+            return p3o_token_loss(token_logps, batch.old_token_logps, batch.completion_mask, batch.ref_logps, scores, **settings)
+        return p3o_loss(
+            token_logps.sum(-1),
+            batch.old_logps,
+            batch.ref_logps,
+            scores,
+            clipping=self.clipping,
+            cross_weight=self.cross_weight,
+            **settings,
+        )
+
+    # ---- the parts of a rollout
+
+    def sample(
+        self, prompts: PromptBatch, seed: int | None = None
+    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
+        """K responses for each prompt and their mask, sampled EOS included; dropout off."""
+        with eval_mode(self.model):
+            return sample_completions(
+                self.model,
+                prompts.tokens,
+                prompts.attention_mask,
+                self.sampling,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                seed=self.rollout_seed if seed is None else seed,
+            )
+
+    @torch.no_grad()
+    def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
+        """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
+        with eval_mode(self.model):
+            return self._in_micro_batches(self.model, *tokens_and_masks)
+
+    @torch.no_grad()
+    def reference_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
+        """Nats of every token under the reference."""
+        with eval_mode(self.model), self.model.disable_adapter() if self.adapter_is_policy else nullcontext():
+            return self._in_micro_batches(self.reference, *tokens_and_masks)
+
+    def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
+        size = self.micro_batch_size or len(tokens_and_masks[0])
+        parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
+        return torch.cat([completion_logps(model, *part, self.sampling.temperature) for part in parts])
+
+    def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
+        """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""
+        if self.rewards is None:
+            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
+        texts = decode_completions(self.tokenizer, tokens, mask)
+        scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
+        scores = scores.to(tokens.device)
+        if self.missing_eos_penalty is not None:
+            scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
+        return scores
+
+    def ended(self, tokens: Tensor, mask: Tensor) -> Bool[Tensor, "prompt response"]:
+        """Which responses end with EOS; the others were cut off."""
+        return ((tokens == self.tokenizer.eos_token_id) & mask).any(-1)
+
+    # ---- reference and rewards: frozen, beside the module
+
+    @property
+    def adapter_is_policy(self) -> bool:
+        """Whether the reference is the policy with its adapter switched off."""
+        return is_adapted(self.model) and self.reference_source is None
+
+    @property
+    def reference(self) -> nn.Module:
+        """The frozen reference; made when first asked for, which `setup` does before anything is trained or restored."""
+        if self.adapter_is_policy:
+            return self.model
+        if not self._reference:
+            source = self.model if self.reference_source is None else self.reference_source
+            model = copy.deepcopy(source) if isinstance(source, nn.Module) else load_policy(source, self.tokenizer, self.dtype_name)
+            turn_dropout_off(model)
+            self._reference.append(model.eval().requires_grad_(False))
+        return self._reference[0]
+
+    def setup(self, stage: str) -> None:
+        """Freeze the reference before the checkpoint's weights replace the policy's, and put the frozen models on the device."""
+        if stage == "fit" and self.rewards is None:
+            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
+        frozen = [] if stage == "predict" else [self.reference]
+        for network in [*frozen, *(self.rewards.networks if self.rewards else [])]:
+            if network is not self.model:
+                network.to(self.trainer.strategy.root_device)
+
+    def wrap_train_dataloader(self, prompts: Any) -> ExperienceLoader:
+        """The loader to train on, from a loader of prompts: `trainer.fit(policy, policy.wrap_train_dataloader(loader))`."""
+        return ExperienceLoader(prompts, self)
+
+    # ---- KL control, metrics
+
+    def after_rollout(self, experience: Experience) -> None:
+        """Log the rollout's figures at the step it was made, then let the adaptive controller move kl_coef."""
+        figures = self.rollout_figures(experience)
+        kl = float(figures["objective/kl"])
+        if self._trainer is not None and self.trainer.logger is not None:
+            for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout
+                logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.trainer.global_step)
+        self.latest = {name: float(value) for name, value in figures.items()}
+        if self.kl_target is not None:
+            error = min(max(kl / self.kl_target - 1, -0.2), 0.2)  # Ziegler et al. 2019, arXiv 1909.08593, section 2.2
+            responses = experience.scores.numel() * self.trainer.world_size
+            self.state.kl_coef *= 1 + error * responses / self.kl_horizon
+
+    def rollout_figures(self, experience: Experience) -> dict[str, Tensor]:
+        """The figures of docs/metrics.md that describe a rollout, averaged over ranks."""
+        mask = experience.completion_mask
+        estimates = kl_estimates(experience.old_token_logps, experience.ref_token_logps, mask)
+        scores, lengths = experience.scores, mask.sum(-1).float()
+        kl = estimates.k1
+        figures = {
+            "objective/kl": kl.mean(),
+            "objective/kl_k1": estimates.k1.mean(),
+            "objective/kl_k2": estimates.k2.mean(),
+            "objective/kl_k3": estimates.k3.mean(),
+            "objective/entropy": -experience.old_logps.mean(),
+            "objective/scores": scores.mean(),
+            "objective/scores_margin": (scores.amax(-1) - scores.amin(-1)).mean(),
+            "objective/rlhf_reward": (scores - self.state.kl_coef * kl).mean(),
+            "objective/kl_coef": torch.tensor(self.state.kl_coef),
+            "val/contain_eos_token": self.ended(experience.completion_tokens, mask).float().mean(),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "p3o/duplicate_pair_rate": duplicate_rate(experience.completion_tokens, mask),
+        }
+        figures |= {f"rewards/{name}/mean": values.mean() for name, values in self.rollout_rewards.items()}
+        if self._trainer is not None and self.trainer.world_size > 1:
+            figures = {name: self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean") for name, value in figures.items()}
+        return figures
+
+    def log_update(self, terms: P3OTerms) -> None:
+        """The figures of docs/metrics.md that describe an update."""
+        self.log("loss", terms.loss)
+        if self.latest:
+            self.log("score", self.latest["objective/scores"], prog_bar=True, logger=False)
+            self.log("kl", self.latest["objective/kl"], prog_bar=True, logger=False)
+        self.log_dict(
+            {
+                "policy/clipfrac_avg": terms.clip_fraction,
+                "policy/approxkl_avg": terms.approx_kl,
+                "val/ratio": terms.ratio_mean,
+                "val/ratio_var": terms.ratio_var,
+                "p3o/q_mean": terms.q_mean,
+                "p3o/q_abs": terms.q_abs,
+                "p3o/gap_logratio": terms.gap_logratio,
+                "p3o/joint_weight_max": terms.joint_weight_max,
+                "p3o/pair_clipfrac": terms.clip_fraction,
+                "p3o/tie_rate": terms.tie_rate,
+            }
+        )
+
+    # ---- evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/kl`, `val/length`, `val/ended`."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """`test/...`, as in validation."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
+        self.rollout_seed = mix(self.seed, batch_idx, self.global_rank, 1)
+        experience = self.rollout_step(batch)
+        mask = experience.completion_mask
+        self.log_dict(
+            {
+                f"{stage}/scores": experience.scores.mean(),
+                f"{stage}/kl": (experience.old_logps - experience.ref_logps).mean(),
+                f"{stage}/length": mask.sum(-1).float().mean(),
+                f"{stage}/ended": self.ended(experience.completion_tokens, mask).float().mean(),
+            },
+            batch_size=len(batch.tokens),
+            sync_dist=True,
+        )
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """K sampled responses for each prompt: rows {"prompt", "responses"}."""
+        tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, self.global_rank, 2))
+        return prediction_rows(self.tokenizer, batch, tokens, mask)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside weights: the pending experience of every rank, the rollout counter, the KL price, and which reference it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["p3o_experience"] = self.state.save()
+        checkpoint["p3o_reference"] = None if self.adapter_is_policy else fingerprint(self.reference)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the experience state; a different reference would silently change the objective, so it is an error."""
+        self.state.load(checkpoint["p3o_experience"])
+        if self._trainer is not None and self._reference and checkpoint["p3o_reference"] not in (None, fingerprint(self.reference)):
+            raise InputError(
+                "model.reference differs from the one that the checkpoint was trained against: give the same model, reference and seed."
+            )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+        """As in Stage; the reference is the model that the run started from, where the checkpoint names it."""
+        saved = read_checkpoint(Path(checkpoint_path))["hyper_parameters"]
+        if saved.get("peft_config") is None:
+            arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
+        return super().load_from_checkpoint(checkpoint_path, **arguments)
+
+
+def duplicate_rate(tokens: Int[Tensor, "prompt response token"], mask: Bool[Tensor, "prompt response token"]) -> Float[Tensor, ""]:
+    """Share of pairs of one prompt whose two responses are the same tokens: they teach nothing."""
+    rows = tokens.masked_fill(~mask, -1)
+    same = (rows.unsqueeze(1) == rows.unsqueeze(2)).all(-1).float()
+    count = rows.shape[1]
+    return (same.sum((1, 2)) - count).mean() / max(count * (count - 1), 1)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of every weight, in order: equal for equal models."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_settings(given: dict[str, Any]) -> None:
+    """Stop at the first setting out of range, naming it, its value and the fix."""
+    for name, valid, wanted in (
+        ("num_generations", given["num_generations"] >= 2, "at least 2 responses a prompt, since the loss compares them"),
+        ("num_iterations", given["num_iterations"] >= 1, "at least 1 pass over a rollout"),
+        ("micro_batch_size", given["micro_batch_size"] is None or given["micro_batch_size"] >= 1, "at least 1 prompt, or null"),
+        ("clip_range", given["clip_range"] > 0, "a number above 0, e.g. 0.2"),
+        ("weight_cap", given["weight_cap"] >= 1, "a number of at least 1, e.g. 10"),
+        ("kl_coef", given["kl_coef"] >= 0, "0 or more reward units per nat, e.g. 0.05"),
+        ("kl_target", given["kl_target"] is None or given["kl_target"] > 0, "a number of nats above 0, or null for a fixed kl_coef"),
+        ("kl_horizon", given["kl_horizon"] >= 1, "a number of responses of at least 1"),
+        ("objective", given["objective"] == "p3o", "p3o"),
+        ("clipping", given["clipping"] in ("joint", "separate"), "joint or separate"),
+        ("clip_level", given["clip_level"] in ("sequence", "token"), "sequence or token"),
+        ("kl_source", given["kl_source"] in ("current", "rollout"), "current or rollout"),
+        ("gap_scale", given["gap_scale"] in (None, "rms"), "rms or null"),
+    ):
+        if not valid:
+            raise InputError(f"model.{name} is {given[name]!r}: choose {wanted}.")

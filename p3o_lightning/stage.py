@@ -1,0 +1,147 @@
+"""What the three stages have in common: a transformers model with its tokenizer, an optimizer, and how both are saved."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
+
+from p3o_lightning.errors import InputError
+from p3o_lightning.models import (
+    CHECKPOINT_KEY,
+    ModelSource,
+    attach_adapter,
+    config_of,
+    describe,
+    is_adapted,
+    load_tokenizer,
+    read_checkpoint,
+    tokenizer_source,
+)
+
+
+class Stage(L.LightningModule):
+    """One stage of the pipeline around one trained model, `self.model`, with its `self.tokenizer`.
+
+    `view` names what the stage consumes; the data module asks for it. Plain arguments are saved as hyperparameters;
+    objects (models, functions) are not, so that checkpoints load with `weights_only=True`.
+    """
+
+    view: str
+
+    def __init__(
+        self,
+        model: ModelSource,
+        load: Callable[[ModelSource, PreTrainedTokenizerBase, str], PreTrainedModel],
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        peft_config: dict[str, Any] | Any | None,
+        dtype: str,
+        lr: float,
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+        arguments: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise InputError(f"model.lr is {lr}: choose a learning rate above 0, e.g. 1e-5.")
+        self.tokenizer = self.prepare_tokenizer(load_tokenizer(tokenizer_source(model) if tokenizer is None else tokenizer))
+        self.model: Any = load(model, self.tokenizer, dtype)
+        if peft_config is not None:
+            self.model = attach_adapter(self.model, peft_config)
+        self.model.train()  # from_pretrained returns eval mode, which Lightning would keep
+        self.lr, self.optimizer, self.lr_scheduler = lr, optimizer, lr_scheduler
+        self.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Adapt the tokenizer before the model is loaded; the reward model needs a padding token of its own."""
+        return tokenizer
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with betas (0.9, 0.95) and no weight decay unless `optimizer` says otherwise; the schedule steps once an update."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = (
+            torch.optim.AdamW(trainable, self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+            if self.optimizer is None
+            else self.optimizer(trainable)
+        )
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    # ---- checkpoints and export
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the model and its tokenizer, so that the checkpoint alone is a model source."""
+        checkpoint[CHECKPOINT_KEY] = {"stage": type(self).__name__, **describe(self.model, self.tokenizer)}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+        """The stage as it was saved. Model and tokenizer come from the checkpoint alone.
+
+        Args:
+            checkpoint_path: a checkpoint of this class.
+            **arguments: constructor arguments that replace the saved ones.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path))
+        about = checkpoint[CHECKPOINT_KEY]
+        if about["stage"] != cls.__name__:
+            raise InputError(
+                f"{str(checkpoint_path)!r} holds a {about['stage']}, not a {cls.__name__}: use {about['stage']}.load_from_checkpoint."
+            )
+        itself = {"model": config_of(checkpoint), "peft_config": about["peft"], "tokenizer": str(checkpoint_path)}
+        stage = cls(**{**checkpoint["hyper_parameters"], **itself, **arguments})
+        stage.load_state_dict(checkpoint["state_dict"])
+        stage.on_load_checkpoint(checkpoint)
+        return stage
+
+    def export(self, folder: str | Path) -> Path:
+        """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a short model card.
+
+        LoRA adapters are merged. The folder appears whole or not at all: it is written aside and renamed.
+        """
+        folder = Path(folder)
+        aside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model = copy.deepcopy(self.model).merge_and_unload() if is_adapted(self.model) else self.model
+        model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(self.model_card(), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        return folder
+
+    def model_card(self) -> str:
+        """The README.md of the export: what it is, how to load it, how it was made."""
+        from p3o_lightning import __version__
+
+        head = "AutoModelForSequenceClassification" if self.view == "pairs" else "AutoModelForCausalLM"
+        settings = json.dumps(dict(self.hparams), indent=2, default=str, sort_keys=True)
+        return (
+            "---\nlibrary_name: transformers\ntags: [p3o_lightning, rlhf]\n---\n"
+            f"# {type(self).__name__} trained with p3o_lightning {__version__}\n\n{(type(self).__doc__ or '').splitlines()[0]}\n\n"
+            f"```python\nfrom transformers import {head}, AutoTokenizer\n\n"
+            f'model = {head}.from_pretrained("this folder")\ntokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n\n'
+            f"Settings, {self.trainer.global_step if self._trainer is not None else 0} updates:\n\n```json\n{settings}\n```\n"
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)

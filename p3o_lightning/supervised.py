@@ -1,0 +1,111 @@
+"""Stage 1: supervised fine-tuning on demonstrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from p3o_lightning.batches import DemonstrationBatch, PromptBatch
+from p3o_lightning.generation import Sampling, prediction_rows, sample_completions
+from p3o_lightning.models import ModelSource, accepts, eval_mode, load_policy
+from p3o_lightning.seeds import mix
+from p3o_lightning.stage import Stage
+
+
+class SupervisedPolicy(Stage):
+    """A policy fine-tuned on demonstrations: cross-entropy on the response tokens, EOS included.
+
+    Args:
+        model: hub name, transformers folder, GGUF file, checkpoint of ours, or a from-scratch config such as {model_type: llama, ...}.
+        tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
+        peft_config: fields of peft.LoraConfig, e.g. {r: 16, lora_alpha: 32}; None trains all weights.
+        dtype: weights as float32, bfloat16, float16, or auto (as stored).
+        lr: learning rate of the default AdamW.
+        optimizer: factory called with the trainable parameters; None is AdamW(lr, betas=(0.9, 0.95)).
+        lr_scheduler: factory called with the optimizer; stepped once an update.
+        max_completion_length: tokens a sampled response may have (predict).
+        temperature: of sampled responses (predict).
+        seed: of sampled responses (predict).
+    """
+
+    view = "demonstrations"
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft_config: dict[str, Any] | Any | None = None,
+        dtype: str = "float32",
+        lr: float = 2e-5,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(
+            model,
+            load_policy,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            dtype=dtype,
+            lr=lr,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            arguments=arguments,
+        )
+        self.sampling = Sampling(1, max_completion_length, temperature)
+        self.seed = seed
+
+    def token_loss(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the response tokens, in nats, and their number."""
+        options = {"position_ids": torch.arange(batch.tokens.shape[1], device=self.device).expand_as(batch.tokens)}
+        logits = self.model(
+            input_ids=batch.tokens,
+            attention_mask=batch.attention_mask.long(),
+            use_cache=False,
+            **(options if accepts(self.model, "position_ids") else {}),
+        ).logits[:, :-1]
+        scored = batch.response_mask[:, 1:]  # position t predicts token t + 1
+        loss = torch.nn.functional.cross_entropy(logits[scored].float(), batch.tokens[:, 1:][scored], reduction="sum")
+        return loss, scored.sum()
+
+    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy per response token of the batch."""
+        total, count = self.token_loss(batch)
+        loss = total / count
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """`val/loss`: nats per response token over the whole set, each token counted once."""
+        self._evaluate(batch, "val/loss")
+
+    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """`test/loss`, as in validation."""
+        self._evaluate(batch, "test/loss")
+
+    def _evaluate(self, batch: DemonstrationBatch, name: str) -> None:
+        total, count = self.token_loss(batch)
+        # Lightning's mean is weighted by batch_size: with the token count it is exact over uneven batches
+        self.log(name, total / count, batch_size=int(count), sync_dist=True, prog_bar=True)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One sampled response for each prompt: rows {"prompt", "responses"}."""
+        with eval_mode(self.model):
+            tokens, mask = sample_completions(
+                self.model,
+                batch.tokens,
+                batch.attention_mask,
+                self.sampling,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                seed=mix(self.seed, batch_idx, self.global_rank),
+            )
+        return prediction_rows(self.tokenizer, batch, tokens, mask)
