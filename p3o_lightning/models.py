@@ -216,7 +216,10 @@ def _from_checkpoint(path: Path) -> PreTrainedModel:
 
 
 def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
-    """The model with trainable adapters of PEFT; its own weights are frozen. `peft_config`: a mapping of LoraConfig's fields, or a PeftConfig."""
+    """The model with trainable adapters of PEFT; its own weights are frozen.
+
+    `peft_config`: a PeftConfig, or a mapping of LoraConfig's fields.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -324,7 +327,8 @@ def _tokenizer_from_folder(source: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"tokenizer is {str(source)!r}, which could not be loaded: {_first_line(error)}. Give a folder with tokenizer.json, or a hub name."
+            f"tokenizer is {str(source)!r}, which could not be loaded: {_first_line(error)}. "
+            "Give a folder with tokenizer.json, or a hub name."
         ) from error
 
 
@@ -357,7 +361,8 @@ def tokenizer_source(model: ModelSource) -> str | Path:
     if name:
         return name
     raise InputError(
-        "model.tokenizer is missing, and the model was given as an object or a config: pass tokenizer=, e.g. a folder, a hub name or 'bytes'."
+        "model.tokenizer is missing, and the model was given as an object or a config: "
+        "pass tokenizer=, e.g. a folder, a hub name or 'bytes'."
     )
 
 

@@ -141,7 +141,7 @@ class PairwisePolicy(Stage):
     # ---- the algorithm
 
     def rollout_step(self, prompts: PromptBatch) -> Experience:
-        """Draw K responses for every prompt, and score them under reward, policy and reference. Override it to make experience differently."""
+        """Draw K responses for every prompt; score them under policy, reference and reward. Override it to make experience differently."""
         tokens, mask = self.sample(prompts)
         return Experience(
             prompt_tokens=prompts.tokens,
@@ -217,7 +217,8 @@ class PairwisePolicy(Stage):
     def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
         size = self.micro_batch_size or len(tokens_and_masks[0])
         parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
-        return torch.cat([completion_logps(model, *part, self.sampling.temperature) for part in parts])
+        temperature = self.sampling.temperature
+        return torch.cat([completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
 
     def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
         """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""

@@ -354,7 +354,7 @@ def test_a_stream_needs_a_number_of_steps_and_goes_round(tmp_path, workers):
     module = Stage("pairs")
     trainer(max_steps=6).fit(module, data)
     assert [len(batch.tokens) for batch in module.batches] == [4] * 6 + [4, 1], "six training batches, then the validation"
-    assert sum(len(batch.prompts) for batch in trainer().predict(Stage("pairs"), data)) == 16
+    assert sum(len(batch.prompts) for batch in trainer().predict(Stage("pairs"), data)) == 15
     with pytest.raises(InputError, match=r"data\.streaming is true, so an epoch has no end: set trainer\.max_steps, e\.g\. to 1000"):
         trainer(max_epochs=1).fit(Stage("pairs"), data)
 

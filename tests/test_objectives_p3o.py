@@ -1,6 +1,6 @@
 """What P3O promises, checked by exact enumeration (tests/tabular.py) and by hand. Ids such as A2 number the properties; see the test names.
 
-The power of these tests, found by planting one error at a time in objectives.py:
+The power of these tests (without D6, which trains), found by planting one error at a time in objectives.py:
     planted error                        first test that fails, without test_ (cases that fail)
     missing 1/2                          a1_a3_on_policy_gradient_is_that_of_the_expected_reward_though_clipped (91)
     missing 1/2 (token)                  g6_token_loss_starts_with_the_gradient_of_the_joint_loss_and_value_0 (5)

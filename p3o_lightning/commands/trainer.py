@@ -114,7 +114,7 @@ class StageCLI(LightningCLI):
     @property
     def settings(self) -> Any:
         """The parsed values of the command."""
-        return self.config[self.subcommand] if self.subcommand in self.config else self.config
+        return self.config.get(str(self.subcommand), self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the user's config by the checkpoint's hyperparameters here, without a word. The command line wins."""
