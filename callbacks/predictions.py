@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes rows {"prompt", "responses"} as JSONL while predicting.
+    """Writes rows {"prompt", "responses"} as JSONL while predicting; the file appears, whole, when all are there.
 
     Args:
         path: the file; None is <default_root_dir>/predictions.jsonl. Several processes write one file each, with the rank in its name.
@@ -23,15 +24,16 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.path = path
         self.target: Path | None = None
+        self.aside: Path | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with an empty file."""
+        """Begin with an empty file beside the target."""
         target = Path(self.path or Path(trainer.default_root_dir) / "predictions.jsonl")
         if trainer.world_size > 1:
             target = target.with_name(f"{target.stem}.{trainer.global_rank}{target.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("", encoding="utf-8")
-        self.target = target
+        self.target, self.aside = target, target.with_name(target.name + ".partial")
+        self.aside.write_text("", encoding="utf-8")
 
     def write_on_batch_end(
         self,
@@ -44,10 +46,12 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append the batch's rows."""
-        assert self.target is not None
-        with self.target.open("a", encoding="utf-8") as file:
+        assert self.aside is not None
+        with self.aside.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the rows are."""
+        """Put the file in its place, and say where that is."""
+        assert self.target is not None and self.aside is not None
+        os.replace(self.aside, self.target)
         rank_zero_info(f"predictions in {self.target}")

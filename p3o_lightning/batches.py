@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -48,8 +49,8 @@ class Experience(NamedTuple):
     completion_mask: Bool[Tensor, "prompt response token"]  # True on sampled tokens, EOS included
     old_token_logps: Float[Tensor, "prompt response token"]  # nats under the policy that sampled; 0 outside the mask
     ref_token_logps: Float[Tensor, "prompt response token"]  # nats under the reference; 0 outside the mask
-    scores: Float[Tensor, "prompt response"]  # reward units, KL not included
-    gaps: Float[Tensor, "prompt response response"] | None = None  # a judge's antisymmetric gaps, in place of scores
+    scores: Float[Tensor, "prompt response"] | None = None  # reward units, KL not included
+    gaps: Float[Tensor, "prompt response response"] | None = None  # a judge's antisymmetric gaps; where given, the loss reads them alone
 
     @property
     def old_logps(self) -> Float[Tensor, "prompt response"]:
@@ -65,6 +66,6 @@ class Experience(NamedTuple):
         """The given prompts with all their responses, in the given order."""
         return self._replace(**{name: value[rows] for name, value in self._asdict().items() if value is not None})
 
-    def cpu(self) -> Experience:
-        """Without gradients, in main memory."""
-        return self._replace(**{name: value.detach().cpu() for name, value in self._asdict().items() if value is not None})
+    def to(self, device: torch.device | str) -> Experience:
+        """On another device, without gradients."""
+        return self._replace(**{name: value.detach().to(device) for name, value in self._asdict().items() if value is not None})

@@ -1,22 +1,24 @@
 """Sampling K responses for each prompt: one prefill a prompt, inverse-CDF draws, finished rows dropped from the batch.
 
 Every token is a function of (weights, prompt, its own uniform draw), so which rows share a batch, and when others finish,
-changes nothing; and a seed fixes the whole rollout.
+changes nothing (but for the last bit of a logit, which kernels round by batch shape); and a seed fixes the whole rollout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache as once
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import accepts, positions_of
+from p3o_lightning.models import accepts, learned_positions, positions_of, precise, unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ def sample_completions(
 
     Prompts are padded on the left. The token axis is as long as the longest response drawn. Call it in eval mode.
     """
+    limit, longest = learned_positions(model), int(prompt_mask.sum(1).max())
+    if limit is not None and longest + sampling.max_completion_length > limit:
+        raise InputError(
+            f"model.max_completion_length is {sampling.max_completion_length} and a prompt has {longest} tokens, but the model has only "
+            f"{limit} positions: lower it, or set data.max_prompt_length."
+        )
     prompts, count = len(prompt_tokens), sampling.num_generations
     rows = prompts * count
     device = prompt_tokens.device
@@ -73,10 +81,14 @@ def sample_completions(
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
 
-    logits, cache = _forward(model, prompt_tokens, prompt_mask, positions_of(prompt_mask), DynamicCache(config=_config(model)))
-    logits = logits.repeat_interleave(count, 0)
-    cache.batch_repeat_interleave(count)
+    cache = _new_cache(model)
+    logits = _last_logits(model, prompt_tokens, prompt_mask, positions_of(prompt_mask), cache).repeat_interleave(count, 0)
+    if cache is not None and cache.get_seq_length() == 0:  # the model took it and did not fill it
+        cache = None
     mask = prompt_mask.repeat_interleave(count, 0)
+    context = prompt_tokens.repeat_interleave(count, 0)  # read again at every step where there is no cache
+    if cache is not None:
+        cache.batch_repeat_interleave(count)
     alive = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
 
     for step in range(sampling.max_completion_length):
@@ -88,10 +100,15 @@ def sample_completions(
             break
         if not going.all():
             kept = going.nonzero().squeeze(1)
-            alive, drawn, mask = alive[kept], drawn[kept], mask[kept]
-            cache.batch_select_indices(kept)
+            alive, drawn, mask, context = alive[kept], drawn[kept], mask[kept], context[kept]
+            if cache is not None:
+                cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits, cache = _forward(model, drawn.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
+        if cache is None:
+            context = torch.cat([context, drawn.unsqueeze(1)], 1)
+            logits = _last_logits(model, context, mask, positions_of(mask), None)
+        else:
+            logits = _last_logits(model, drawn.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
 
     longest = int(lengths.max())
     tokens = tokens[:, :longest]
@@ -100,18 +117,28 @@ def sample_completions(
 
 
 def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
-    """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform draw in [0, 1)."""
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+    """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform draw in [0, 1).
+
+    top_k is applied first, then top_p to what is left. Of equal logits at their edge, the choice is arbitrary.
+    """
+    logits = precise(logits) / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        best = logits.topk(sampling.top_k, -1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each one
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
-    token = torch.searchsorted(cumulative, (uniforms.unsqueeze(1) * cumulative[:, -1:]), right=True)
-    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    # in float64, so that over a vocabulary of 100,000 no rounding of the sum lets a token in that has no weight; Apple's GPUs have none
+    cumulative = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
+    if not bool(cumulative[:, -1].isfinite().all()):
+        raise InputError(
+            "model gives logits that are not finite (NaN or infinity), so nothing can be sampled: training has diverged, or numbers "
+            "overflow the dtype; lower model.lr, set trainer.gradient_clip_val to 1, or model.dtype to float32."
+        )
+    target = uniforms.to(cumulative.dtype).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, tokens: Tensor, mask: Tensor) -> list[dict[str, Any]]:
@@ -123,21 +150,39 @@ def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, toke
 def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[list[str]]:
     """Texts of completions ("prompt response token") without padding and special tokens."""
     return [
-        [str(tokenizer.decode(row[kept], skip_special_tokens=True)) for row, kept in zip(rows, masks, strict=True)]
+        [
+            str(tokenizer.decode(row[kept], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for row, kept in zip(rows, masks, strict=True)
+        ]
         for rows, masks in zip(tokens.cpu(), mask.cpu(), strict=True)
     ]
 
 
-def _config(model: nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+def _new_cache(model: nn.Module) -> DynamicCache | None:
+    """An empty cache, or None for a model whose state cannot be repeated for K responses and freed of finished rows."""
+    takes_it = getattr(unwrapped(model), "_supports_default_dynamic_cache", lambda: True)
+    if accepts(model, "past_key_values") and takes_it():
+        config: Any = model.config
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+        # recurrent layers have no method for it, or inherit attention's, which leaves their own state as it is
+        if all(type(layer).__name__.startswith(("Dynamic", "Dummy")) for layer in cache.layers):
+            return cache
+    _say_slow(type(unwrapped(model)).__name__)
+    return None
 
 
-def _forward(model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> tuple[Tensor, DynamicCache]:
-    """Logits of the last position, and the grown cache."""
-    options: dict[str, Any] = {"attention_mask": mask.long(), "past_key_values": cache, "use_cache": True}
+@once
+def _say_slow(name: str) -> None:
+    rank_zero_warn(f"{name} has no plain key-value cache: sampling reads the whole text again for every token, which is slow.")
+
+
+def _last_logits(model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> Tensor:
+    """Logits of the last position; the cache, if any, grows by the tokens."""
+    options: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": cache is not None}
+    if cache is not None:
+        options["past_key_values"] = cache
     if accepts(model, "position_ids"):
         options["position_ids"] = positions
     if accepts(model, "logits_to_keep"):
         options["logits_to_keep"] = 1
-    output = model(input_ids=tokens, **options)
-    return output.logits[:, -1], output.past_key_values
+    return model(input_ids=tokens, **options).logits[:, -1]

@@ -7,9 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
+_SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs have no float64
+
 
 class PairReport(Metric):
     """Accuracy (ties count one half), margin, log-loss, Brier score, calibration error and the length rule, each weighted by pair.
+
+    `length_rule_accuracy` is what a reward without a model reaches: that of "the shorter response is better" or of "the longer is
+    better", whichever is higher on these pairs. A reward model has to beat it.
 
     The model's probability that the chosen response is better is sigmoid(chosen - rejected). A pair has no natural order, so
     calibration is measured on the folded confidence max(p, 1 - p), in ten equal bins of [0.5, 1].
@@ -30,14 +35,14 @@ class PairReport(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("pairs", "correct", "margin_sum", "log_loss_sum", "brier_sum", "shorter_wins"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=_SUMS), dist_reduce_fx="sum")
         for name in ("bin_pairs", "bin_confidence", "bin_correct"):
-            self.add_state(name, torch.zeros(self.bins, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(self.bins, dtype=_SUMS), dist_reduce_fx="sum")
 
     def update(self, scores: Float[Tensor, "pair 2"], response_lengths: Int[Tensor, "pair 2"]) -> None:
         """Add pairs. `scores`: reward of (chosen, rejected); `response_lengths`: their tokens."""
-        gap = scores[:, 0].double() - scores[:, 1].double()
-        right = (gap > 0).double() + 0.5 * (gap == 0)
+        gap = scores[:, 0].to(_SUMS) - scores[:, 1].to(_SUMS)
+        right = (gap > 0).to(_SUMS) + 0.5 * (gap == 0)
         probability = gap.sigmoid()
         self.pairs += len(gap)
         self.correct += right.sum()
@@ -45,15 +50,15 @@ class PairReport(Metric):
         self.log_loss_sum += torch.nn.functional.softplus(-gap).sum()
         self.brier_sum += (1 - probability).square().sum()
         shorter = response_lengths[:, 0] - response_lengths[:, 1]
-        self.shorter_wins += ((shorter < 0).double() + 0.5 * (shorter == 0)).sum()
+        self.shorter_wins += ((shorter < 0).to(_SUMS) + 0.5 * (shorter == 0)).sum()
         confidence = torch.maximum(probability, 1 - probability)
-        index = ((confidence - 0.5) * 2 * self.bins).long().clamp(max=self.bins - 1)
+        index = ((confidence - 0.5) * 2 * self.bins).long().clamp(0, self.bins - 1)  # 0: a NaN gap, which the other figures show
         self.bin_pairs.index_add_(0, index, torch.ones_like(gap))
         self.bin_confidence.index_add_(0, index, confidence)
         self.bin_correct.index_add_(0, index, right)
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of design's metric list; `accuracy_low` and `accuracy_high` are the 95 % Wilson interval."""
+        """The figures by name; `accuracy_low` and `accuracy_high` are the 95 % Wilson interval."""
         low, high = wilson_interval(self.correct, self.pairs)
         return {
             "accuracy": self.correct / self.pairs,

@@ -9,16 +9,21 @@ read with `weights_only=True`.
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import json
+import pickle
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,7 +41,7 @@ from p3o_lightning.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ModelSource = str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel
+ModelSource = dict[str, Any] | str | Path | PreTrainedConfig | PreTrainedModel  # in this order: saved configs write a mapping as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKPOINT_KEY = "p3o_lightning"  # where a checkpoint of ours describes its own model and tokenizer
 
@@ -46,93 +51,166 @@ CHECKPOINT_KEY = "p3o_lightning"  # where a checkpoint of ours describes its own
 
 def load_policy(source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model. `tokenizer` fills in the vocabulary size and special ids of a from-scratch config."""
-    return _load(source, AutoModelForCausalLM, tokenizer, dtype)
+    model = _load(source, tokenizer, dtype, classifier=False)
+    _check_vocabulary(tokenizer, _embedded(model))
+    return model
 
 
-def load_reward_backbone(source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:
-    """A sequence classifier with one scalar output; a causal model becomes one with a fresh head.
+def load_reward_backbone(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32", *, trained: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one scalar output. A causal model becomes one with a fresh head, unless it has to be `trained`.
 
     Its `pad_token_id` is set to the tokenizer's, which must differ from EOS where the exported model is to be used by
     plain transformers code (it finds the last token by id; ours never does): see `distinct_pad_token`.
     """
-    model = _load(source, AutoModelForSequenceClassification, tokenizer, dtype)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = _load(source, tokenizer, dtype, classifier=True, trained=trained)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id == highest_token_id(tokenizer) == _embedded(model):  # the one token that `distinct_pad_token` adds
+        model.resize_token_embeddings(_embedded(model) + 1, mean_resizing=False)
+    _check_vocabulary(tokenizer, _embedded(model))
     return model
 
 
-def _load(source: ModelSource, auto: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+def highest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id that the tokenizer can give."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def _embedded(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.num_embeddings
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedded: int) -> None:
+    if highest_token_id(tokenizer) >= embedded:
+        raise InputError(
+            f"model.tokenizer {tokenizer.name_or_path!r} has token ids up to {highest_token_id(tokenizer)}, but the model embeds "
+            f"{embedded} tokens: give the model's own tokenizer."
+        )
+
+
+def _load(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str, *, classifier: bool, trained: bool = False
+) -> PreTrainedModel:
     if dtype not in (*DTYPES, "auto"):
         raise InputError(f"model.dtype is {dtype!r}: choose one of {', '.join((*DTYPES, 'auto'))}.")
-    for_rewards = auto is AutoModelForSequenceClassification
-    options = {"num_labels": 1} if for_rewards else {}
     if isinstance(source, PreTrainedModel):
-        model = _as_classifier(source) if for_rewards else source
-        return _cast(model, dtype)
+        return _cast(_with_head(source, classifier, trained, f"a {type(source).__name__}"), dtype)
     if isinstance(source, PreTrainedConfig | Mapping):
-        model = auto.from_config(_scratch_config(source, tokenizer, options))
-        return _cast(model, dtype)
-    path = Path(source)
+        return _cast(_from_config(_scratch_config(source, tokenizer, classifier), classifier), dtype)
+    if not isinstance(source, str | Path):
+        fix = "merge its adapter first (merge_and_unload), then set model.peft_config" if is_adapted(source) else _SOURCES
+        raise InputError(f"model is a {type(source).__name__}: {fix}")
+    path = Path(source).expanduser()
     if path.suffix == ".gguf":
         from p3o_lightning.gguf_files import load_gguf_model
 
         model = load_gguf_model(_existing(path), None if dtype == "auto" else DTYPES[dtype])
-        return _as_classifier(model) if for_rewards else model
+        return _with_head(model, classifier, trained, repr(str(source)))
     if path.suffix == ".ckpt":
-        model = _from_checkpoint(_existing(path))
-        model = _as_classifier(model) if for_rewards else model
-        return _cast(model, dtype)
+        return _cast(_with_head(_from_checkpoint(_existing(path)), classifier, trained, repr(str(source))), dtype)
+    return _from_folder_or_hub(source, dtype, classifier, trained)
+
+
+def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, trained: bool) -> PreTrainedModel:
+    name = _folder_or_hub_name(source, ("config.json",), "model", _SOURCES)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        return auto.from_pretrained(
-            _folder_or_hub_name(source, "config.json"), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-        )
+        if classifier:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            if any(kind.endswith("ForSequenceClassification") for kind in config.architectures or []):
+                _check_labels(config, repr(str(source)))
+            options["num_labels"] = 1
+        loaded: Any = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_pretrained(name, **options)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"model is {str(source)!r}, which could not be loaded: {_first_line(error)}. {_SOURCES}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        shapes = "ignore_mismatched_sizes" in str(error)
+        reason = "its weights have other shapes than its config.json says" if shapes else _one_line(error)
+        raise InputError(f"model is {str(source)!r}, which could not be loaded: {reason}. {_SOURCES}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])  # transformers fills them with random numbers
+    if classifier and not trained:
+        missing = [weight for weight in missing if weight.startswith(f"{model.base_model_prefix}.") and ".pooler." not in weight]
+    if missing:
+        what = "a reward model with a trained scalar head" if trained else "a model of the kind that is needed here"
+        raise InputError(f"model is {str(source)!r}, whose files lack {len(missing)} weights, the first is {missing[0]}: give {what}.")
+    return model
 
 
-def _cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def _from_config(config: PreTrainedConfig, classifier: bool) -> PreTrainedModel:
+    """A model with random weights."""
+    auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    try:
+        return auto.from_config(config, trust_remote_code=False)
+    except (ValueError, StrictDataclassError) as error:
+        kind = "sequence classifier" if classifier else "causal language model"
+        raise InputError(
+            f"model has model_type {config.model_type!r}, of which transformers makes no {kind} ({_one_line(error)[:120]}): choose another."
+        ) from error
+
+
+def _cast(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
     """Weights in `dtype`. Buffers stay: rounding the rotary frequencies, as `model.to` does, changes the logits."""
     if dtype != "auto":
+        kind = dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(DTYPES[dtype])
+            parameter.data = parameter.data.to(kind)
+        model.config.dtype = kind  # a model made from this config, as from a checkpoint, has these weights unrounded
     return model
 
 
 _SOURCES = "Give a hub name, a transformers folder with safetensors, a .gguf file, or a .ckpt of ours."
 
 
-def _scratch_config(
-    source: PreTrainedConfig | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> PreTrainedConfig:
+def _scratch_config(source: PreTrainedConfig | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, classifier: bool) -> PreTrainedConfig:
     if isinstance(source, PreTrainedConfig):
         config = copy.deepcopy(source)
-        for name, value in options.items():
-            setattr(config, name, value)
+        if classifier:
+            config.num_labels = 1
         return config
     if "model_type" not in source:
         raise InputError(f"model is {dict(source)!r}, a config without model_type: add one, e.g. model_type: llama.")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    options = {"num_labels": 1} if classifier else {}
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **ids, **options, **source})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"model is {dict(source)!r}, which transformers refuses: {_first_line(error)}.") from error
+        config = AutoConfig.for_model(**{"vocab_size": highest_token_id(tokenizer) + 1, **ids, **options, **source})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"model is {dict(source)!r}, which transformers refuses: {_one_line(error)}.") from error
+    _check_vocabulary(tokenizer, config.get_text_config().vocab_size)
+    known = type(config)()  # transformers keeps any other key without a word
+    for name in source:
+        if not hasattr(known, name) and name not in ("rope_theta", "rope_scaling", "torch_dtype"):
+            close = difflib.get_close_matches(name, vars(known), 1)
+            fix = f"did you mean {close[0]}?" if close else "remove it."
+            raise InputError(f"model.{name} is {source[name]!r}, but a {source['model_type']} config has no such key: {fix}")
+    return config
 
 
-def _as_classifier(model: PreTrainedModel) -> PreTrainedModel:
-    """The same backbone under a fresh scalar head, unless the model already has one."""
+def _with_head(model: PreTrainedModel, classifier: bool, trained: bool, what: str) -> PreTrainedModel:
+    """The model itself if it is of the kind wanted; a causal model's backbone under a fresh scalar head."""
     if is_classifier(model):
-        if model.config.num_labels != 1:
-            raise InputError(f"model has num_labels={model.config.num_labels}: a reward model needs one scalar output, num_labels=1.")
+        if not classifier:
+            raise InputError(f"model is {what}, a sequence classifier: a policy needs a causal language model.")
+        _check_labels(model.config, what)
         return model
+    if not classifier:
+        if model.can_generate():
+            return model
+        raise InputError(f"model is {what}, which has no language modelling head: load it with AutoModelForCausalLM.")
+    if trained:
+        raise InputError(f"model is {what}, a language model without a trained scalar head: give a trained reward model.")
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    classifier = AutoModelForSequenceClassification.from_config(config).to(model.dtype)
-    getattr(classifier, classifier.base_model_prefix).load_state_dict(model.base_model.state_dict())
-    return classifier
+    fresh = _cast(_from_config(config, classifier=True), model.dtype)
+    getattr(fresh, fresh.base_model_prefix).load_state_dict(model.base_model.state_dict())
+    return fresh
+
+
+def _check_labels(config: PreTrainedConfig, what: str) -> None:
+    if config.num_labels != 1:
+        raise InputError(f"model is {what} with num_labels={config.num_labels}: a reward model needs one scalar output, num_labels=1.")
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -146,23 +224,26 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _folder_or_hub_name(source: str | Path, needed: str) -> str:
-    """A local folder that holds `needed`, or a name to look up on the hub."""
+def _folder_or_hub_name(source: str | Path, needed: tuple[str, ...], field: str, fix: str) -> str:
+    """A local folder that holds one of the files `needed`, or a name to look up on the hub."""
     name = str(source)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / needed).is_file():
-            raise InputError(f"model is {name!r}, a folder without {needed}. {_SOURCES}")
-        return str(path)
+        if any((path / file).is_file() for file in needed):
+            return str(path)
+        if (path / "adapter_config.json").is_file():
+            fix = "It holds an adapter alone: merge it into its model (merge_and_unload) and save that."
+        raise InputError(f"{field} is {name!r}, a folder without {needed[0]}. {fix}")
     if path.is_file():
-        raise InputError(f"model is {name!r}, a file that is neither .gguf nor .ckpt. {_SOURCES}")
+        raise InputError(f"{field} is {name!r}, a file of another kind. {fix}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-        raise InputError(f"model is {name!r}: no such folder. {_SOURCES}")
+        raise InputError(f"{field} is {name!r}: no such folder. {fix}")
     return name
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")[:300]
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 240 else f"{text[:240]}...").rstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints of ours
@@ -173,7 +254,7 @@ def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     base = unwrapped(model)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        files = {path.name: _text_or_bytes(path) for path in sorted(Path(folder).iterdir()) if path.is_file()}
     return {
         "config": base.config.to_json_string(use_diff=False),
         "classifier": is_classifier(base),
@@ -182,16 +263,31 @@ def describe(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     }
 
 
+def _text_or_bytes(path: Path) -> str | bytes:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:  # a sentencepiece model
+        return content
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours, loaded without running anything in it."""
+    fix = "give one from <default_root_dir>/checkpoints"
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a sharded checkpoint: give the run's export folder instead.")
+    if not path.is_file():
+        raise InputError(f"{str(path)!r} is no checkpoint: no such file; {fix}.")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{str(path)!r} is no checkpoint, or only a part of one: {fix}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # torch's message says how to run it nevertheless
+        raise InputError(f"{str(path)!r} holds more than tensors and plain values, and loading that could run code: {fix}.") from error
     except Exception as error:  # torch raises many types here; each of them means that the file cannot be used
-        raise InputError(f"{str(path)!r} is not a checkpoint that loads with weights_only=True: {_first_line(error)}.") from error
+        raise InputError(f"{str(path)!r} is a checkpoint that cannot be read ({_one_line(error)}): {fix}.") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
-        raise InputError(f"{str(path)!r} is not a checkpoint of p3o_lightning: give one from <default_root_dir>/checkpoints.")
+        raise InputError(f"{str(path)!r} is not a checkpoint of p3o_lightning: {fix}.")
     return checkpoint
 
 
@@ -202,9 +298,8 @@ def config_of(checkpoint: dict[str, Any]) -> PreTrainedConfig:
 
 def _from_checkpoint(path: Path) -> PreTrainedModel:
     checkpoint = read_checkpoint(path)
-    about, config = checkpoint[CHECKPOINT_KEY], config_of(checkpoint)
-    auto = AutoModelForSequenceClassification if about["classifier"] else AutoModelForCausalLM
-    model: Any = auto.from_config(config)
+    about = checkpoint[CHECKPOINT_KEY]
+    model: Any = _from_config(config_of(checkpoint), about["classifier"])
     if about["peft"] is not None:
         model = attach_adapter(model, about["peft"])
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
@@ -218,24 +313,28 @@ def _from_checkpoint(path: Path) -> PreTrainedModel:
 def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     """The model with trainable adapters of PEFT; its own weights are frozen.
 
-    `peft_config`: a PeftConfig, or a mapping of LoraConfig's fields.
+    `peft_config`: a LoraConfig, or a mapping of its fields. A classifier's head is trained in full beside them.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise InputError("model.peft_config is set but peft is not installed: pip install 'p3o-lightning[peft]'.") from error
     if isinstance(peft_config, Mapping):
-        classifier = is_classifier(model)
-        defaults: dict[str, Any] = {"task_type": "SEQ_CLS" if classifier else "CAUSAL_LM", "target_modules": "all-linear"}
-        if classifier:
-            defaults["modules_to_save"] = ["score"]  # a fresh head must be trained and saved in full
         try:
-            peft_config = LoraConfig(**{**defaults, **peft_config})
+            peft_config = LoraConfig(**{"target_modules": "all-linear", **peft_config})
         except TypeError as error:
             raise InputError(
-                f"model.peft_config is {dict(peft_config)!r}: {_first_line(error)}; use the fields of peft.LoraConfig."
+                f"model.peft_config is {dict(peft_config)!r}: {_one_line(error)}; use the fields of peft.LoraConfig."
             ) from error
-    return get_peft_model(model, peft_config)
+    if not isinstance(peft_config, LoraConfig):
+        raise InputError(f"model.peft_config is a {type(peft_config).__name__}: give a peft.LoraConfig, or a mapping of its fields.")
+    peft_config = copy.deepcopy(peft_config)  # PEFT writes into it
+    # with this type PEFT trains a classifier's head in full, and saves it: a fresh head that stays frozen learns nothing
+    peft_config.task_type = "SEQ_CLS" if is_classifier(model) else "CAUSAL_LM"
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:  # no layer has the name given
+        raise InputError(f"model.peft_config does not fit the model: {_one_line(error)}.") from error
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -249,23 +348,21 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def _plain_peft_config(model: Any) -> dict[str, Any]:
+    """The fields of the adapter's config that differ from their defaults, as plain values."""
     config = model.peft_config[model.active_adapter]
-    wanted = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-        "use_dora",
-        "task_type",
-        "target_modules",
-        "modules_to_save",
-        "init_lora_weights",
-    )
-    plain = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
-    return {
-        name: sorted(value) if isinstance(value, set) else str(value) if name == "task_type" else value for name, value in plain.items()
-    }
+    default = type(config)().to_dict()
+    plain = {name: _plain(value) for name, value in config.to_dict().items() if value != default[name]}
+    for name in ("task_type", "inference_mode", "init_lora_weights"):  # told by the model; the weights are loaded, however they began
+        plain.pop(name, None)
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it, None if that is impossible."""
+    try:
+        return json.loads(json.dumps(value, default=sorted))  # target_modules is a set
+    except TypeError:
+        return None
 
 
 @contextmanager
@@ -281,13 +378,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """Set every dropout probability to 0, those that attention reads from a float attribute included."""
+    """Make train mode deterministic: dropout modules, float attributes that attention reads, and configs that it reads them from."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _set_noise_off(module)
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel) and _noisy(config):
+            module.config = copy.deepcopy(config)  # type: ignore[assignment]  # the model's own is exported: it stays
+            _set_noise_off(module.config)
+
+
+def _noisy(item: Any) -> list[str]:
+    """Attributes that are a dropout probability or a router's jitter, under the names that transformers gives them, and above 0."""
+    return [name for name, value in vars(item).items() if isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)]
+
+
+def _set_noise_off(item: Any) -> None:
+    for name in _noisy(item):
+        setattr(item, name, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -299,49 +408,49 @@ def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTo
     A missing padding token becomes the EOS token: that is harmless here, since padding is told by masks, never by id.
     """
     if isinstance(source, PreTrainedTokenizerBase):
-        tokenizer = source
-    elif str(source) == "bytes":
-        tokenizer = byte_tokenizer()
-    elif Path(source).suffix == ".gguf":
-        from p3o_lightning.gguf_files import load_gguf_tokenizer
-
-        tokenizer = load_gguf_tokenizer(_existing(Path(source)))
-    elif Path(source).suffix == ".ckpt":
-        tokenizer = _tokenizer_from_checkpoint(_existing(Path(source)))
+        tokenizer, name = source, source.name_or_path
     else:
-        tokenizer = _tokenizer_from_folder(source)
+        path, name = Path(source).expanduser(), str(source)
+        if name == "bytes":
+            tokenizer = byte_tokenizer()
+        elif path.suffix == ".gguf":
+            from p3o_lightning.gguf_files import load_gguf_tokenizer
+
+            tokenizer = load_gguf_tokenizer(_existing(path))
+        elif path.suffix == ".ckpt":
+            tokenizer = _tokenizer_from_checkpoint(_existing(path))
+        else:
+            tokenizer = _tokenizer_from_folder_or_hub(name)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer {str(source)!r} has no EOS token, so no response could end: set tokenizer.eos_token.")
+        raise InputError(f"tokenizer {name!r} has no EOS token, so no response could end: set tokenizer.eos_token.")
     if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)  # a user's own object stays as it is
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _tokenizer_from_folder(source: str | Path) -> PreTrainedTokenizerBase:
-    path = Path(source).expanduser()
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise InputError(
-            f"tokenizer is {str(source)!r}, a folder without a tokenizer (no tokenizer.json): save one there, or give model.tokenizer."
-        )
+def _tokenizer_from_folder_or_hub(source: str) -> PreTrainedTokenizerBase:
+    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    name = _folder_or_hub_name(source, files, "tokenizer", "Save a tokenizer there, or give another: a folder, a hub name, or 'bytes'.")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions; each means that the tokenizer cannot be used
         raise InputError(
-            f"tokenizer is {str(source)!r}, which could not be loaded: {_first_line(error)}. "
-            "Give a folder with tokenizer.json, or a hub name."
+            f"tokenizer is {source!r}, which could not be loaded: {_one_line(error)}. Give a folder with tokenizer.json, or a hub name."
         ) from error
 
 
 def _tokenizer_from_checkpoint(path: Path) -> PreTrainedTokenizerBase:
     files = read_checkpoint(path)[CHECKPOINT_KEY]["tokenizer"]
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in files.items():
-            (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            file = Path(folder) / Path(name).name
+            file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, 256 of them, then <pad>, <eos>, <bos>: any text, no download. For debug runs and tests."""
+    """One token a byte, 256 of them, then <bos>, <eos>, <pad>, which no text can spell: any text, no download. For debug runs and tests."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -349,7 +458,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )
 
 
@@ -386,6 +500,17 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(unwrapped(model).forward).parameters
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model can read if it has a learned embedding of each (GPT-2, OPT); None where they are computed."""
+    base = unwrapped(model)
+    limit = getattr(base.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = base.get_input_embeddings()
+    tables = [table.num_embeddings for table in base.modules() if isinstance(table, nn.Embedding) and table is not tokens]
+    return limit if any(limit <= rows <= limit + 2 for rows in tables) else None  # OPT's has two more rows
+
+
 def positions_of(mask: Bool[Tensor, "row token"]) -> Int[Tensor, "row token"]:
     """Positions that count real tokens only, so that left padding does not move a prompt."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -399,7 +524,9 @@ def completion_logps(
     completion_mask: Bool[Tensor, "prompt response token"],
     temperature: float = 1.0,
 ) -> Float[Tensor, "prompt response token"]:
-    """Log-probability, in nats and float32, of every completion token under the model at `temperature`; 0 outside the mask.
+    """Log-probability, in nats, of every completion token under the model at `temperature`; 0 outside the mask.
+
+    In float32, or in the logits' own precision if that is higher.
 
     Logits are computed on the completion's positions only. Carries gradient if the model does.
     """
@@ -411,30 +538,30 @@ def completion_logps(
         options["position_ids"] = positions_of(mask)
     if accepts(model, "logits_to_keep"):
         options["logits_to_keep"] = length + 1
-    logits = model(input_ids=tokens, **options).logits[:, -length - 1 : -1].float() / temperature
+    logits = model(input_ids=tokens, **options).logits[:, -length - 1 : -1]
+    logits = precise(logits) / temperature
     chosen = logits.gather(-1, completion_tokens.flatten(0, 1).unsqueeze(-1)).squeeze(-1)
     logps = (chosen - logits.logsumexp(-1)).view(prompts, responses, length)
     return logps.masked_fill(~completion_mask, 0.0)
 
 
+def precise(values: Tensor) -> Tensor:
+    """In float32 at least: half precision cannot tell two log-probabilities, or two rewards, of like size apart."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def sequence_scores(model: nn.Module, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
-    """Scalar scores, float32, of right-padded sequences, pooled at the explicit index of the last real token.
+    """Scalar scores of right-padded sequences, in float32 at least, pooled at the explicit index of the last real token.
 
     transformers pools at the last id that differs from the padding id, which skips a final EOS where pad == EOS.
     """
     base = unwrapped(model)
     if not hasattr(base, "score"):  # encoder families (BERT) pool in their own way, not by a padding id
-        return model(input_ids=tokens, attention_mask=attention_mask.long()).logits.squeeze(-1).float()
+        return precise(model(input_ids=tokens, attention_mask=attention_mask.long()).logits.squeeze(-1))
     backbone = getattr(base, base.base_model_prefix)
     hidden = backbone(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
     last = attention_mask.sum(-1) - 1
-    pooled = hidden[torch.arange(len(last), device=last.device), last]
+    pooled = precise(hidden[torch.arange(len(last), device=last.device), last])
     with torch.autocast(pooled.device.type, enabled=False):  # a reward's last digits decide ties: the head runs in float32
-        return _in_float32(base.score, pooled).squeeze(-1)
-
-
-def _in_float32(head: nn.Module, hidden: Tensor) -> Tensor:
-    weight = getattr(head, "weight", None)
-    if weight is None or weight.dtype == torch.float32:  # PEFT wraps a trained head; it is float32 wherever it is trained
-        return head(hidden.float()).float()
-    return nn.functional.linear(hidden.float(), weight.float(), getattr(head, "bias", None))
+        bias = getattr(base.score, "bias", None)
+        return nn.functional.linear(pooled, base.score.weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)).squeeze(-1)

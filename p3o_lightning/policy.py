@@ -17,12 +17,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from p3o_lightning import proofs
 from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
+from p3o_lightning.figures import rollout_figures, update_figures
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions
-from p3o_lightning.models import ModelSource, completion_logps, eval_mode, is_adapted, load_policy, read_checkpoint, turn_dropout_off
-from p3o_lightning.objectives import P3OTerms, kl_estimates, p3o_loss, p3o_token_loss, sqrt_length_clip_range
+from p3o_lightning.models import (
+    CHECKPOINT_KEY,
+    ModelSource,
+    completion_logps,
+    eval_mode,
+    is_adapted,
+    load_policy,
+    read_checkpoint,
+    turn_dropout_off,
+)
+from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.rewards import Responses, RewardInput, reward_sources
 from p3o_lightning.seeds import mix
 from p3o_lightning.stage import Stage
@@ -39,7 +50,7 @@ class PairwisePolicy(Stage):
         reward_funcs: a RewardModel, its checkpoint or folder, a function f(prompts, completions, completion_ids, **columns) or its
             dotted name; or a list of these.
         reward_weights: one factor for each of reward_funcs; None is 1 each.
-        reference: model source of the reference; None copies the policy before its first update.
+        reference: model source of the reference; None copies the policy as it is when it is first fitted or evaluated.
         objective: "p3o".
         num_generations: K, responses drawn for each prompt; the loss takes all pairs.
         num_iterations: passes over the experience of one rollout.
@@ -55,12 +66,13 @@ class PairwisePolicy(Stage):
         weight_cap: importance weights are cut to [1/cap, cap]; 10 in the authors' code.
         cross_weight: "separate" only: weigh each response by the other's ratio, as the authors do.
         kl_coef: price of leaving the reference, in reward units per nat; 0.05 in the authors' code.
-        kl_target: nats of KL that an adaptive kl_coef steers to; None keeps kl_coef fixed.
+        kl_target: nats of KL that an adaptive kl_coef, which then must start above 0, steers to; None keeps kl_coef fixed.
         kl_horizon: responses over which the adaptive kl_coef may change by a factor of about 1.2.
         kl_source: "current" takes the KL part at the policy being trained, "rollout" at the one that sampled.
         gap_scale: "rms" divides each pair's gap by the micro-batch's root mean square reward gap; None leaves it.
         missing_eos_penalty: subtracted from the score of a response that was cut off, in reward units.
         disable_dropout: keep dropout off in training too, so that the first update sees the ratio 1.
+        start_up_proofs: check before the first update what would make a run go wrong in silence: see p3o_lightning.proofs.
         seed: of sampling and of micro-batch order.
         tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
         peft_config: fields of peft.LoraConfig, e.g. {r: 16, lora_alpha: 32}; None trains all weights.
@@ -75,7 +87,7 @@ class PairwisePolicy(Stage):
     def __init__(
         self,
         model: ModelSource,
-        reward_funcs: RewardInput | Sequence[RewardInput] | None = None,
+        reward_funcs: Sequence[RewardInput] | RewardInput | None = None,
         reward_weights: list[float] | None = None,
         *,
         reference: ModelSource | None = None,
@@ -100,6 +112,7 @@ class PairwisePolicy(Stage):
         gap_scale: Literal["rms"] | None = None,
         missing_eos_penalty: float | None = None,
         disable_dropout: bool = True,
+        start_up_proofs: bool = True,
         seed: int = 0,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: dict[str, Any] | Any | None = None,
@@ -133,10 +146,13 @@ class PairwisePolicy(Stage):
         self.state = ExperienceState(kl_coef=kl_coef)
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout, rank)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
-        self.latest: dict[str, float] = {}  # figures of the latest rollout
-        self.reference_source = reference
+        self.micro_batch: Experience | None = None  # as the loader yielded it, latest
+        self.start_up_proofs, self.fresh = start_up_proofs, False
+        self._reference_source = (reference,)  # in a tuple, so that a model given as an object is no submodule: not saved, not moved
         self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
         self._reference: list[nn.Module] = []  # in a list, so that it is no submodule: neither saved nor optimised
+        self._reference_hash: str | None = None  # of the reference as it was made
+        self._reference_hash_saved: str | None = None  # of the one that the loaded checkpoint was trained against
 
     # ---- the algorithm
 
@@ -160,9 +176,11 @@ class PairwisePolicy(Stage):
                 "the training loader yields prompts, not experience: use trainer.fit(policy, policy.wrap_train_dataloader(loader)), "
                 "or a PreferenceDataModule, which does it."
             )
+        batch = self.unrounded(batch)
         tokens_and_masks = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
         token_logps = completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
         terms = self.loss(token_logps, batch)
+        self.prove_start(token_logps, batch, terms)
         self.log_update(terms)
         return terms.loss
 
@@ -238,9 +256,14 @@ class PairwisePolicy(Stage):
     # ---- reference and rewards: frozen, beside the module
 
     @property
+    def own_reference(self) -> bool:
+        """Whether the reference was given, rather than being the policy as it starts."""
+        return self._reference_source[0] is not None
+
+    @property
     def adapter_is_policy(self) -> bool:
         """Whether the reference is the policy with its adapter switched off."""
-        return is_adapted(self.model) and self.reference_source is None
+        return is_adapted(self.model) and not self.own_reference
 
     @property
     def reference(self) -> nn.Module:
@@ -248,87 +271,104 @@ class PairwisePolicy(Stage):
         if self.adapter_is_policy:
             return self.model
         if not self._reference:
-            source = self.model if self.reference_source is None else self.reference_source
+            given = self._reference_source[0]
+            source = self.model if given is None else given
             model = copy.deepcopy(source) if isinstance(source, nn.Module) else load_policy(source, self.tokenizer, self.dtype_name)
             turn_dropout_off(model)
+            self._reference_hash = fingerprint(model)  # now: a lower precision of the Trainer's would change it later
+            self._check_reference()
             self._reference.append(model.eval().requires_grad_(False))
         return self._reference[0]
+
+    def _check_reference(self) -> None:
+        """Another reference than the checkpoint's would silently change the objective."""
+        if None not in (self._reference_hash, self._reference_hash_saved) and self._reference_hash != self._reference_hash_saved:
+            raise InputError(
+                "model.reference differs from the one that the checkpoint was trained against: give the same model (and seed_everything, "
+                "if it is made from scratch), or model.reference, the policy that the run started from."
+            )
 
     def setup(self, stage: str) -> None:
         """Freeze the reference before the checkpoint's weights replace the policy's, and put the frozen models on the device."""
         if stage == "fit" and self.rewards is None:
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
-        frozen = [] if stage == "predict" else [self.reference]
-        for network in [*frozen, *(self.rewards.networks if self.rewards else [])]:
-            if network is not self.model:
-                network.to(self.trainer.strategy.root_device)
+        if stage != "predict" and not self.adapter_is_policy:
+            reference = self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
+            reference.to(self.trainer.strategy.root_device)
+        for network in self.rewards.networks if self.rewards else []:
+            network.to(self.trainer.strategy.root_device)
 
     def wrap_train_dataloader(self, prompts: Any) -> ExperienceLoader:
         """The loader to train on, from a loader of prompts: `trainer.fit(policy, policy.wrap_train_dataloader(loader))`."""
-        return ExperienceLoader(prompts, self)
+        return prompts if isinstance(prompts, ExperienceLoader) else ExperienceLoader(prompts, self)
+
+    def unrounded(self, batch: Experience) -> Experience:
+        """The micro-batch as it was made: `precision: bf16-true` rounds log-probabilities and scores on the way to training_step."""
+        made = self.micro_batch
+        if made is None or batch.old_token_logps.dtype == made.old_token_logps.dtype:
+            return batch
+        return made.to(self.device)
+
+    # ---- start-up proofs: before the first update of a run that was not resumed
+
+    @property
+    def proving(self) -> bool:
+        """Whether the run is at its very beginning, and is to prove it."""
+        return self.start_up_proofs and self.fresh and self.trainer.global_step == 0
+
+    def on_train_start(self) -> None:
+        """Prove the reference."""
+        self.fresh = self.trainer.global_step == 0 and self.state.rollouts == 0
+        if self.proving and not self.own_reference:
+            if self.adapter_is_policy:
+                proofs.prove_only_adapters_train(self.model)
+            else:
+                proofs.prove_reference_is_policy(self.model, self.reference)
+
+    def prove_rewards(self, prompts: PromptBatch, experience: Experience) -> None:
+        """Prove, at the first rollout, that reward models read EOS where a response ended."""
+        if self.proving and self.rewards is not None:
+            reply = experience.completion_tokens[0, 0][experience.completion_mask[0, 0]]
+            for source in self.rewards.sources:
+                proofs.prove_reward_reads_eos(source, prompts, reply, self.tokenizer)
+
+    def prove_start(self, token_logps: Tensor, batch: Experience, terms: P3OTerms) -> None:
+        """Prove masks, KL = 0, ratio = 1 and clip fraction = 0 on the micro-batches of the first update."""
+        if not self.proving:
+            return
+        mask, dtype = batch.completion_mask, proofs.compute_dtype(self.model)
+        proofs.prove_mask_keeps_eos(batch.completion_tokens, mask, self.tokenizer.eos_token_id, self.sampling.max_completion_length)
+        if not self.own_reference:
+            proofs.prove_kl_is_zero(batch.old_token_logps, batch.ref_token_logps, mask, dtype)
+        proofs.prove_ratio_is_one(token_logps, batch.old_token_logps, mask, dtype)
+        proofs.prove_nothing_is_clipped(terms.clip_fraction)
 
     # ---- KL control, metrics
 
-    def after_rollout(self, experience: Experience) -> None:
+    def after_rollout(self, prompts: PromptBatch, experience: Experience) -> None:
         """Log the rollout's figures at the step it was made, then let the adaptive controller move kl_coef."""
-        figures = self.rollout_figures(experience)
-        kl = float(figures["objective/kl"])
-        if self._trainer is not None and self.trainer.logger is not None:
-            for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout
-                logger.log_metrics({name: float(value) for name, value in figures.items()}, step=self.trainer.global_step)
-        self.latest = {name: float(value) for name, value in figures.items()}
+        self.prove_rewards(prompts, experience)
+        ended = self.ended(experience.completion_tokens, experience.completion_mask)
+        figures = rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)
+        values = torch.stack([value.float() for value in figures.values()])
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")
+        self.state.figures = dict(zip(figures, values.tolist(), strict=True))
+        for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout
+            logger.log_metrics(self.state.figures, step=self.trainer.global_step)
         if self.kl_target is not None:
-            error = min(max(kl / self.kl_target - 1, -0.2), 0.2)  # Ziegler et al. 2019, arXiv 1909.08593, section 2.2
-            responses = experience.scores.numel() * self.trainer.world_size
-            self.state.kl_coef *= 1 + error * responses / self.kl_horizon
-
-    def rollout_figures(self, experience: Experience) -> dict[str, Tensor]:
-        """The figures of docs/metrics.md that describe a rollout, averaged over ranks."""
-        mask = experience.completion_mask
-        estimates = kl_estimates(experience.old_token_logps, experience.ref_token_logps, mask)
-        scores, lengths = experience.scores, mask.sum(-1).float()
-        kl = estimates.k1
-        figures = {
-            "objective/kl": kl.mean(),
-            "objective/kl_k1": estimates.k1.mean(),
-            "objective/kl_k2": estimates.k2.mean(),
-            "objective/kl_k3": estimates.k3.mean(),
-            "objective/entropy": -experience.old_logps.mean(),
-            "objective/scores": scores.mean(),
-            "objective/scores_margin": (scores.amax(-1) - scores.amin(-1)).mean(),
-            "objective/rlhf_reward": (scores - self.state.kl_coef * kl).mean(),
-            "objective/kl_coef": torch.tensor(self.state.kl_coef),
-            "val/contain_eos_token": self.ended(experience.completion_tokens, mask).float().mean(),
-            "completions/mean_length": lengths.mean(),
-            "completions/min_length": lengths.min(),
-            "completions/max_length": lengths.max(),
-            "p3o/duplicate_pair_rate": duplicate_rate(experience.completion_tokens, mask),
-        }
-        figures |= {f"rewards/{name}/mean": values.mean() for name, values in self.rollout_rewards.items()}
-        if self._trainer is not None and self.trainer.world_size > 1:
-            figures = {name: self.trainer.strategy.reduce(value.to(self.device), reduce_op="mean") for name, value in figures.items()}
-        return figures
+            responses = experience.completion_mask[..., 0].numel() * self.trainer.world_size
+            kl = self.state.figures["objective/kl"]
+            self.state.kl_coef = adapted_kl_coef(self.state.kl_coef, kl, self.kl_target, responses, self.kl_horizon)
 
     def log_update(self, terms: P3OTerms) -> None:
-        """The figures of docs/metrics.md that describe an update."""
+        """Log the figures of an update; those of its rollout are handed to the progress bar and to what monitors them."""
         self.log("loss", terms.loss)
-        if self.latest:
-            self.log("score", self.latest["objective/scores"], prog_bar=True, logger=False)
-            self.log("kl", self.latest["objective/kl"], prog_bar=True, logger=False)
-        self.log_dict(
-            {
-                "policy/clipfrac_avg": terms.clip_fraction,
-                "policy/approxkl_avg": terms.approx_kl,
-                "val/ratio": terms.ratio_mean,
-                "val/ratio_var": terms.ratio_var,
-                "p3o/q_mean": terms.q_mean,
-                "p3o/q_abs": terms.q_abs,
-                "p3o/gap_logratio": terms.gap_logratio,
-                "p3o/joint_weight_max": terms.joint_weight_max,
-                "p3o/pair_clipfrac": terms.clip_fraction,
-                "p3o/tie_rate": terms.tie_rate,
-            }
-        )
+        self.log_dict(update_figures(terms))
+        for short, name in (("score", "objective/scores"), ("kl", "objective/kl")):
+            if name in self.state.figures:
+                self.log(short, self.state.figures[name], prog_bar=True, logger=False)
+        self.log_dict(self.state.figures, logger=False)
 
     # ---- evaluation
 
@@ -344,16 +384,14 @@ class PairwisePolicy(Stage):
         self.rollout_seed = mix(self.seed, batch_idx, self.global_rank, 1)
         experience = self.rollout_step(batch)
         mask = experience.completion_mask
-        self.log_dict(
-            {
-                f"{stage}/scores": experience.scores.mean(),
-                f"{stage}/kl": (experience.old_logps - experience.ref_logps).mean(),
-                f"{stage}/length": mask.sum(-1).float().mean(),
-                f"{stage}/ended": self.ended(experience.completion_tokens, mask).float().mean(),
-            },
-            batch_size=len(batch.tokens),
-            sync_dist=True,
-        )
+        figures = {
+            f"{stage}/kl": (experience.old_logps - experience.ref_logps).mean(),
+            f"{stage}/length": mask.sum(-1).float().mean(),
+            f"{stage}/ended": self.ended(experience.completion_tokens, mask).float().mean(),
+        }
+        if experience.scores is not None:
+            figures[f"{stage}/scores"] = experience.scores.mean()
+        self.log_dict(figures, batch_size=len(batch.tokens), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """K sampled responses for each prompt: rows {"prompt", "responses"}."""
@@ -366,31 +404,43 @@ class PairwisePolicy(Stage):
         """Beside weights: the pending experience of every rank, the rollout counter, the KL price, and which reference it was."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["p3o_experience"] = self.state.save()
-        checkpoint["p3o_reference"] = None if self.adapter_is_policy else fingerprint(self.reference)
+        checkpoint["p3o_reference"] = self._reference_hash or self._reference_hash_saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the experience state; a different reference would silently change the objective, so it is an error."""
+        """Restore the experience state, and hold the reference to the checkpoint's, now or when it is made."""
+        super().on_load_checkpoint(checkpoint)
+        kl_coef = self.state.kl_coef
         self.state.load(checkpoint["p3o_experience"])
-        if self._trainer is not None and self._reference and checkpoint["p3o_reference"] not in (None, fingerprint(self.reference)):
-            raise InputError(
-                "model.reference differs from the one that the checkpoint was trained against: give the same model, reference and seed."
-            )
+        if self.kl_target is None:
+            self.state.kl_coef = kl_coef  # a fixed price is a setting, which may be changed on resume; an adaptive one is state
+        self._reference_hash_saved = checkpoint["p3o_reference"]
+        self._check_reference()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
-        """As in Stage; the reference is the model that the run started from, where the checkpoint names it."""
-        saved = read_checkpoint(Path(checkpoint_path))["hyper_parameters"]
-        if saved.get("peft_config") is None:
+        """As in Stage. The reference is the model that the run started from, where the checkpoint names it; with LoRA it is inside.
+
+        Where the run started from an object or from scratch, pass `reference` to train or evaluate on; prediction and export need none.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path))
+        saved = checkpoint["hyper_parameters"]
+        if checkpoint[CHECKPOINT_KEY]["peft"] is None:
             arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
         return super().load_from_checkpoint(checkpoint_path, **arguments)
 
 
-def duplicate_rate(tokens: Int[Tensor, "prompt response token"], mask: Bool[Tensor, "prompt response token"]) -> Float[Tensor, ""]:
-    """Share of pairs of one prompt whose two responses are the same tokens: they teach nothing."""
-    rows = tokens.masked_fill(~mask, -1)
-    same = (rows.unsqueeze(1) == rows.unsqueeze(2)).all(-1).float()
-    count = rows.shape[1]
-    return (same.sum((1, 2)) - count).mean() / max(count * (count - 1), 1)
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
+    """The adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): up if KL is above its target, down if below.
+
+    Args:
+        kl_coef: price of KL at the rollout, reward units per nat.
+        kl: of the rollout, nats.
+        target: nats.
+        responses: of the rollout.
+        horizon: responses over which the price changes by a factor of 1.2 at most; one rollout never counts as more.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * min(responses / horizon, 1))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -398,7 +448,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -409,9 +459,20 @@ def check_settings(given: dict[str, Any]) -> None:
         ("num_iterations", given["num_iterations"] >= 1, "at least 1 pass over a rollout"),
         ("micro_batch_size", given["micro_batch_size"] is None or given["micro_batch_size"] >= 1, "at least 1 prompt, or null"),
         ("clip_range", given["clip_range"] > 0, "a number above 0, e.g. 0.2"),
+        (
+            "clip_reference_length",
+            given["clip_reference_length"] is None or given["clip_reference_length"] >= 1,
+            "a usual response length of at least 1 token, or null",
+        ),
+        (
+            "missing_eos_penalty",
+            given["missing_eos_penalty"] is None or given["missing_eos_penalty"] >= 0,
+            "0 or more reward units to subtract, or null",
+        ),
         ("weight_cap", given["weight_cap"] >= 1, "a number of at least 1, e.g. 10"),
         ("kl_coef", given["kl_coef"] >= 0, "0 or more reward units per nat, e.g. 0.05"),
         ("kl_target", given["kl_target"] is None or given["kl_target"] > 0, "a number of nats above 0, or null for a fixed kl_coef"),
+        ("kl_coef", given["kl_target"] is None or given["kl_coef"] > 0, "a price above 0 for kl_target to steer, e.g. 0.05"),
         ("kl_horizon", given["kl_horizon"] >= 1, "a number of responses of at least 1"),
         ("objective", given["objective"] == "p3o", "p3o"),
         ("clipping", given["clipping"] in ("joint", "separate"), "joint or separate"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PairBatch
+from p3o_lightning.errors import InputError
 from p3o_lightning.metrics import PairReport
 from p3o_lightning.models import ModelSource, distinct_pad_token, load_reward_backbone, sequence_scores
 from p3o_lightning.objectives import bradley_terry_loss
@@ -47,6 +48,10 @@ class RewardModel(Stage):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        if not 0 <= label_smoothing < 0.5:
+            raise InputError(f"model.label_smoothing is {label_smoothing}: choose the share of wrong labels, in [0, 0.5), e.g. 0.1.")
+        if not center_coef >= 0:
+            raise InputError(f"model.center_coef is {center_coef}: choose 0 (off) or a weight above it, e.g. 0.01.")
         super().__init__(
             model,
             load_reward_backbone,

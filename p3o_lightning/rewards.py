@@ -11,19 +11,31 @@ import copy
 import importlib
 import inspect
 import math
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
-from p3o_lightning.encoding import encode_prompt, encode_response
+from p3o_lightning.data_formats import Row, Text, Unusable
+from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import eval_mode, load_reward_backbone, load_tokenizer, sequence_scores
+from p3o_lightning.models import (
+    eval_mode,
+    highest_token_id,
+    is_adapted,
+    load_reward_backbone,
+    load_tokenizer,
+    sequence_scores,
+)
 from p3o_lightning.sequences import pad_right
 
 RewardFunction = Callable[..., Any]
@@ -48,8 +60,8 @@ class FunctionReward:
 
     def __init__(self, function: RewardFunction) -> None:
         self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
-        self.network: nn.Module | None = None
+        named = getattr(function, "func", function)  # of a functools.partial
+        self.name = getattr(named, "__name__", type(named).__name__)
 
     def __call__(self, responses: Responses) -> Float[Tensor, "prompt response"]:
         """One score a response, in the function's own units."""
@@ -60,31 +72,65 @@ class FunctionReward:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(repeated, texts, strict=True)
         ]
-        ids = [row[kept].tolist() for row, kept in zip(responses.tokens.flatten(0, 1), responses.mask.flatten(0, 1), strict=True)]
+        tokens, masks = responses.tokens.flatten(0, 1).cpu(), responses.mask.flatten(0, 1).cpu()
+        ids = [row[kept].tolist() for row, kept in zip(tokens, masks, strict=True)]
         columns = {name: [value for value in values for _ in range(count)] for name, values in responses.prompts.columns.items()}
-        answer = self.function(prompts=repeated, completions=completions, completion_ids=ids, **columns)
+        arguments = {**columns, "prompts": repeated, "completions": completions, "completion_ids": ids}
+        self._check_signature(arguments)
+        answer = self.function(**arguments)
         if inspect.isawaitable(answer):
-            answer = asyncio.run(_wait(answer))
+            answer = asyncio.run_coroutine_threadsafe(_wait(answer), _event_loop()).result()
         return self._checked(answer, len(prompts), count)
+
+    def _check_signature(self, arguments: dict[str, Any]) -> None:
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # written in C
+            return
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            raise InputError(
+                f"model.reward_funcs: {self.name}{signature} cannot be called ({error}): "
+                f"define it as def {self.name}(prompts, completions, completion_ids, **columns)."
+            ) from error
 
     def _checked(self, answer: Any, prompts: int, count: int) -> Tensor:
         field = f"model.reward_funcs: {self.name}"
         values = answer.tolist() if hasattr(answer, "tolist") else answer
         if not isinstance(values, Sequence) or isinstance(values, str):
-            raise InputError(f"{field} returned {type(answer).__name__} {str(answer)[:60]!r}: return a list of {prompts * count} numbers.")
+            raise InputError(f"{field} returned {type(answer).__name__} {_short(answer)}: return a list of {prompts * count} numbers.")
         if len(values) != prompts * count:
             raise InputError(f"{field} returned {len(values)} scores for {prompts * count} completions: return one for each, in order.")
         for index, value in enumerate(values):
-            if value is not None and (isinstance(value, bool | str) or not hasattr(value, "__float__")):
-                raise InputError(f"{field} returned {value!r} at position {index}: return a float, or None where it does not apply.")
+            if value is not None and not _is_number(value):
+                raise InputError(f"{field} returned {_short(value)} at position {index}: return a float, or None where it does not apply.")
             if value is not None and not math.isfinite(float(value)):
                 raise InputError(f"{field} returned {float(value)} at position {index}: return a finite number, or None.")
         scores = torch.tensor([math.nan if value is None else float(value) for value in values]).view(prompts, count)
         return torch.where(scores.isnan().any(1, keepdim=True), 0.0, scores)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one number, of whatever library: not a text that spells one, a truth value, or a tensor of several."""
+    return not isinstance(value, bool | str) and hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 async def _wait(answer: Any) -> Any:
     return await answer
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, in a thread of its own: clients may keep their connections, and a notebook's own loop is not in the way."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="p3o-rewards", daemon=True).start()
+    return loop
 
 
 class ModelReward:
@@ -98,24 +144,29 @@ class ModelReward:
     def __init__(
         self, network: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, name: str
     ):
-        self.network: nn.Module | None = network.eval().requires_grad_(False)
+        self.network: nn.Module = network.eval().requires_grad_(False)
         self.tokenizer, self.policy_tokenizer, self.name = tokenizer, policy_tokenizer, name
         self.same_tokens = same_tokenizer(tokenizer, policy_tokenizer)
+        self.same_template = tokenizer.chat_template == policy_tokenizer.chat_template
+        self._encoder = Encoder(tokenizer, "demonstrations", max_length=sys.maxsize)
+        self._turn_end: list[int] | None = None
+        self._warned = False
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Float[Tensor, "prompt response"]:
-        """Rewards in the model's logits, float32."""
-        assert self.network is not None
-        rows = self._token_rows(responses) if self.same_tokens else self._encoded_rows(responses)
+        """Rewards in the model's logits, float32 at least."""
+        prompts = responses.prompts.prompts
+        same = self.same_tokens and (self.same_template or all(isinstance(prompt, str) for prompt in prompts))
+        rows = self._token_rows(responses) if same else self._encoded_rows(responses)
         device = next(self.network.parameters()).device
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
-        scores = torch.empty(len(rows))
+        chunks = []
         with eval_mode(self.network):
             for start in range(0, len(order), self.batch_rows):
-                chunk = order[start : start + self.batch_rows]
-                tokens, mask = pad_right([rows[i] for i in chunk], self.tokenizer.pad_token_id)
-                scores[chunk] = sequence_scores(self.network, tokens.to(device), mask.to(device)).cpu()
-        return scores.view(responses.tokens.shape[:2])
+                tokens, mask = pad_right([rows[i] for i in order[start : start + self.batch_rows]], self.tokenizer.pad_token_id)
+                chunks.append(sequence_scores(self.network, tokens.to(device), mask.to(device)).cpu())
+        scores = torch.cat(chunks)
+        return scores[torch.tensor(order).argsort()].view(responses.tokens.shape[:2])
 
     def _token_rows(self, responses: Responses) -> list[list[int]]:
         rows = []
@@ -125,15 +176,48 @@ class ModelReward:
         return rows
 
     def _encoded_rows(self, responses: Responses) -> list[list[int]]:
-        """Prompt and response in the reward model's own tokens, each encoded alone as in its training data."""
-        rows = []
-        for i, prompt in enumerate(responses.prompts.prompts):
-            head = encode_prompt(self.tokenizer, prompt)
-            for text, tokens, real in zip(responses.texts[i], responses.tokens[i], responses.mask[i], strict=True):
-                ended = bool((tokens[real][-1:] == self.policy_tokenizer.eos_token_id).any())
-                body = encode_response(self.tokenizer, text)
-                rows.append([*head, *(body if ended else body[:-1])])
+        """Prompt and response in the reward model's own tokens and chat template, encoded as its training data was."""
+        rows, unreadable = [], 0
+        eos = self.policy_tokenizer.eos_token_id
+        for prompt, texts, tokens, masks in zip(responses.prompts.prompts, responses.texts, responses.tokens, responses.mask, strict=True):
+            head, bodies = self._encoded(prompt, texts)
+            for text, ids, mask, body in zip(texts, tokens, masks, bodies, strict=True):
+                unreadable += not self._readable(text, body)
+                ended = bool((ids[mask][-1:] == eos).any())
+                rows.append([*head, *(body if ended else body[: -len(self._end_of_turn(prompt))])])
+        if unreadable and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"reward {self.name!r} has another tokenizer than the policy, which cannot reproduce {unreadable / len(rows):.0%} of the "
+                "responses (unknown characters or words): it judges them without. Take a reward model whose tokenizer covers the policy's."
+            )
         return rows
+
+    def _encoded(self, prompt: Text, texts: list[str]) -> tuple[list[int], list[list[int]]]:
+        """Ids of the prompt, and of each response with its end of turn."""
+        # the policy may begin its responses with a space, which a chat template supplies itself
+        replies: tuple[Text, ...] = (
+            tuple(texts) if isinstance(prompt, str) else tuple([{"role": "assistant", "content": text.strip()}] for text in texts)
+        )
+        row = next(self._encoder([Row(prompt, replies, None, {})]))
+        if isinstance(row, Unusable):  # a template that rewrites replies: only prompts can go through it
+            return encode_prompt(self.tokenizer, prompt), [encode_response(self.tokenizer, text) for text in texts]
+        return row.prompt.tolist(), [reply.tolist() for reply in row.replies]
+
+    def _end_of_turn(self, prompt: Text) -> list[int]:
+        """What follows a response in the training data: EOS, and before it what a chat template writes there."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.eos_token_id]
+        if self._turn_end is None:
+            one, other = self._encoded(prompt, ["a", "b"])[1]
+            common = next((i for i in range(1, len(one)) if one[-i:] != other[-i:]), len(one)) - 1
+            self._turn_end = one[-common:]
+        return self._turn_end
+
+    def _readable(self, text: str, ids: list[int]) -> bool:
+        """Whether the ids give the text back, but for spacing and case, which some tokenizers drop on purpose."""
+        back = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return "".join(text.split()).casefold() in "".join(back.split()).casefold()
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -145,8 +229,7 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
         one.eos_token_id == other.eos_token_id
         and one.bos_token_id == other.bos_token_id
         and one(probe)["input_ids"] == other(probe)["input_ids"]
-        and {t: i for t, i in one.get_vocab().items() if t != one.pad_token}
-        == {t: i for t, i in other.get_vocab().items() if t != one.pad_token}
+        and {token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()} <= {one.pad_token, other.pad_token}
     )
 
 
@@ -160,11 +243,14 @@ class RewardSum:
             raise InputError(
                 f"model.reward_weights has {len(self.weights)} values for {len(self.sources)} reward_funcs: give one for each."
             )
+        for weight in self.weights:
+            if not math.isfinite(weight):
+                raise InputError(f"model.reward_weights has {weight}: give finite numbers, e.g. 1.0.")
 
     @property
     def networks(self) -> list[nn.Module]:
         """The frozen models among the sources, to be moved to the device with the policy."""
-        return [source.network for source in self.sources if source.network is not None]
+        return [source.network for source in self.sources if isinstance(source, ModelReward)]
 
     def __call__(self, responses: Responses) -> tuple[Float[Tensor, "prompt response"], dict[str, Tensor]]:
         """The weighted sum, and each source's own scores by name."""
@@ -181,37 +267,74 @@ def reward_sources(
     if not given:
         raise InputError("model.reward_funcs is empty: give a reward model (folder or checkpoint) or a Python function.")
     sources = [_source(item, tokenizer, dtype) for item in given]
-    for i, source in enumerate(sources):  # names are tags of the dashboard: make them distinct
-        if source.name in [other.name for other in sources[:i]]:
-            source.name = f"{source.name}_{i}"
+    taken: set[str] = set()
+    for source in sources:  # names are tags of the dashboard: make them distinct
+        name, number = source.name, 1
+        while source.name in taken:
+            number += 1
+            source.name = f"{name}_{number}"
+        taken.add(source.name)
     return RewardSum(sources, weights)
 
 
 def _source(item: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> FunctionReward | ModelReward:
-    if isinstance(item, nn.Module):
-        network = getattr(item, "model", item) if hasattr(item, "tokenizer") else item
-        own = getattr(item, "tokenizer", tokenizer)
-        return ModelReward(copy.deepcopy(network), own, tokenizer, type(item).__name__)
+    own: Any = getattr(item, "tokenizer", None)
+    if isinstance(item, nn.Module) and hasattr(item, "model") and own is not None:  # a RewardModel
+        return _model_reward(item.model, own, tokenizer, type(item).__name__)
+    if isinstance(item, PreTrainedModel) or (isinstance(item, nn.Module) and is_adapted(item)):
+        return _model_reward(item, _tokenizer_of(item, tokenizer), tokenizer, type(item).__name__)
     if callable(item):
         return FunctionReward(item)
-    path = Path(str(item))
-    if path.exists() or path.suffix in (".ckpt", ".gguf") or "/" in str(item):
-        own = load_tokenizer(path if path.exists() else str(item))
-        return ModelReward(
-            load_reward_backbone(str(item), own, dtype), own, tokenizer, path.parent.parent.name if path.suffix == ".ckpt" else path.name
-        )
+    path = Path(str(item)).expanduser()
+    if (str(item) and path.exists()) or path.suffix in (".ckpt", ".gguf") or "/" in str(item):
+        own = load_tokenizer(str(item))
+        return ModelReward(load_reward_backbone(str(item), own, dtype, trained=True), own, tokenizer, _name_of(path))
     return FunctionReward(_imported(str(item)))
+
+
+def _model_reward(network: Any, own: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, name: str) -> ModelReward:
+    """A copy of the user's model, which stays as it is."""
+    network = copy.deepcopy(network)
+    if is_adapted(network):
+        network = network.merge_and_unload()
+    return ModelReward(load_reward_backbone(network, own, "auto", trained=True), own, policy_tokenizer, name)
+
+
+def _tokenizer_of(model: Any, policy_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model's files; the policy's for a model that was made in memory and fits it."""
+    if model.config.name_or_path:
+        return load_tokenizer(model.config.name_or_path)
+    if highest_token_id(policy_tokenizer) >= model.get_input_embeddings().num_embeddings:
+        raise InputError(
+            f"model.reward_funcs has a {type(model).__name__} without a tokenizer, and the policy's does not fit it: "
+            "give RewardModel(model, tokenizer=...)."
+        )
+    return policy_tokenizer
+
+
+def _name_of(path: Path) -> str:
+    """The run's folder for its checkpoint or export, the folder's own name otherwise."""
+    path = path.absolute()
+    if path.suffix == ".ckpt" and path.parent.name == "checkpoints":
+        path = path.parent.parent
+    elif path.name == "export":
+        path = path.parent
+    return path.stem if path.suffix in (".ckpt", ".gguf") else path.name
 
 
 def _imported(name: str) -> RewardFunction:
     """The function that a dotted name such as `my_rewards.politeness` stands for."""
     module, _, attribute = name.rpartition(".")
     fix = "give a folder, a checkpoint, a hub name with a '/', or a dotted name such as my_rewards.politeness of a function"
+    if not module or not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(f"model.reward_funcs is {name!r}, which is neither an existing path nor a dotted name: {fix}.")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
         raise InputError(f"model.reward_funcs is {name!r}, which could not be imported ({error}): {fix}.") from error
-    if not callable(function):
+    if function is None:
+        raise InputError(f"model.reward_funcs is {name!r}, but {module} has no {attribute}: {fix}.")
+    if not callable(function) or inspect.isclass(function):
         raise InputError(f"model.reward_funcs is {name!r}, which is a {type(function).__name__}: {fix}.")
     return function
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -61,6 +62,7 @@ class Stage(L.LightningModule):
             self.model = attach_adapter(self.model, peft_config)
         self.model.train()  # from_pretrained returns eval mode, which Lightning would keep
         self.lr, self.optimizer, self.lr_scheduler = lr, optimizer, lr_scheduler
+        self._described: dict[str, Any] | None = None  # what every checkpoint says of model and tokenizer
         self.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -85,7 +87,18 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model and its tokenizer, so that the checkpoint alone is a model source."""
-        checkpoint[CHECKPOINT_KEY] = {"stage": type(self).__name__, **describe(self.model, self.tokenizer)}
+        if self._described is None:  # it does not change, and a large tokenizer takes a while to write
+            self._described = {"stage": type(self).__name__, **describe(self.model, self.tokenizer)}
+        checkpoint[CHECKPOINT_KEY] = self._described
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume from another stage's checkpoint."""
+        stage = checkpoint.get(CHECKPOINT_KEY, {}).get("stage")
+        if stage != type(self).__name__:
+            raise InputError(
+                f"ckpt_path is a checkpoint of {stage or 'other code'}, but {type(self).__name__} is to be resumed: give one of its own. "
+                "To start from the model in it, give it as model.model."
+            )
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
@@ -110,19 +123,46 @@ class Stage(L.LightningModule):
     def export(self, folder: str | Path) -> Path:
         """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a short model card.
 
-        LoRA adapters are merged. The folder appears whole or not at all: it is written aside and renamed.
+        LoRA adapters are merged, in a copy. The folder appears whole or not at all: it is written aside and renamed. It replaces an
+        earlier export; a folder with anything else in it is left alone, with an InputError.
         """
-        folder = Path(folder)
+        folder = self.check_export_folder(folder)
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        model = copy.deepcopy(self.model).merge_and_unload() if is_adapted(self.model) else self.model
-        model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(self.model_card(), encoding="utf-8")
+        try:
+            model = copy.deepcopy(self.model).merge_and_unload() if is_adapted(self.model) else self.model
+            model.save_pretrained(aside)
+            if model.can_generate():
+                self._generation_config(model).save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(self.model_card(), encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         return folder
+
+    @staticmethod
+    def check_export_folder(folder: str | Path) -> Path:
+        """The folder, if an export may take its place: it does not exist, is empty, or is an earlier export."""
+        folder = Path(folder).expanduser().absolute()
+        card = folder / "README.md"
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+        if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(_CARD_HEAD):
+            return folder
+        raise InputError(f"export.dirpath is {str(folder)!r}, which is no earlier export: choose a new folder, so that nothing is lost.")
+
+    def _generation_config(self, model: Any) -> Any:
+        """The model's own, with the tokenizer's EOS among its ends and its padding id: `generate` then stops where training did."""
+        config, eos = copy.deepcopy(model.generation_config), self.tokenizer.eos_token_id
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if eos not in ends:
+            config.eos_token_id = eos
+        config.pad_token_id = self.tokenizer.pad_token_id
+        return config
 
     def model_card(self) -> str:
         """The README.md of the export: what it is, how to load it, how it was made."""
@@ -131,12 +171,20 @@ class Stage(L.LightningModule):
         head = "AutoModelForSequenceClassification" if self.view == "pairs" else "AutoModelForCausalLM"
         settings = json.dumps(dict(self.hparams), indent=2, default=str, sort_keys=True)
         return (
-            "---\nlibrary_name: transformers\ntags: [p3o_lightning, rlhf]\n---\n"
-            f"# {type(self).__name__} trained with p3o_lightning {__version__}\n\n{(type(self).__doc__ or '').splitlines()[0]}\n\n"
+            f"{_CARD_HEAD}---\n"
+            f"# {type(self).__name__} trained with p3o_lightning {__version__}\n\n{_summary(type(self))}\n\n"
             f"```python\nfrom transformers import {head}, AutoTokenizer\n\n"
             f'model = {head}.from_pretrained("this folder")\ntokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n\n'
             f"Settings, {self.trainer.global_step if self._trainer is not None else 0} updates:\n\n```json\n{settings}\n```\n"
         )
+
+
+_CARD_HEAD = "---\nlibrary_name: transformers\ntags: [p3o_lightning, rlhf]\n"
+
+
+def _summary(owner: type) -> str:
+    """The first line of the docstring of a class, or of the class that it extends."""
+    return (inspect.getdoc(owner) or "").split("\n")[0]
 
 
 def _is_plain(value: Any) -> bool:

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     out = Path(given.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out is {given.out!r}, which is a file: name a folder.")
+    torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
     started = time.monotonic()
     write_task(out, given.seed)
     fit("sft", out, given.seed, tokenizer=out / "tokenizer", path=out / "demonstrations.jsonl")

@@ -51,7 +51,7 @@ def gold_score(review: str) -> float:
     return round(min(good * WORD_VALUE, CEILING) - bad * WORD_VALUE - repeats * REPEAT_COST, 6)
 
 
-_LEXICON = {*GOOD, *BAD, *TOPICS}
+_LEXICON = {*GOOD, *BAD}
 
 
 def prompts() -> list[str]:
@@ -62,17 +62,20 @@ def prompts() -> list[str]:
 def review(rng: random.Random) -> str:
     """One review as people write them: two to four clauses, mixed words, now and then the same one again."""
     clauses: list[str] = []
-    for _ in range(rng.choice((2, 3, 3, 4))):
-        adjectives = rng.choices((GOOD, BAD, NEUTRAL), (0.48, 0.18, 0.34))[0]
+    used: list[str] = []
+    for topic in rng.sample(TOPICS, rng.choice((2, 3, 3, 4))):
+        again = used and rng.random() < 0.15
+        adjective = rng.choice(used if again else rng.choices((GOOD, BAD, NEUTRAL), (0.46, 0.2, 0.34))[0])
         hedge = rng.choice(HEDGES) + " " if rng.random() < 0.3 else ""
-        clauses.append(f"the {rng.choice(TOPICS)} was {hedge}{rng.choice(adjectives)}")
+        clauses.append(f"the {topic} was {hedge}{adjective}")
+        used.append(adjective)
     text = clauses[0]
     for clause in clauses[1:]:
         text += rng.choice((" , ", " and ", " but ")) + clause
     return f" {text} ."
 
 
-def preferences(count: int, rng: random.Random, sharpness: float = 4.0) -> list[Pair]:
+def preferences(count: int, rng: random.Random, sharpness: float = 6.0) -> list[Pair]:
     """Noisy choices between two reviews of one prompt: P(first) = sigmoid(sharpness x gold gap)."""
     everything = prompts()
     pairs = []
@@ -83,7 +86,7 @@ def preferences(count: int, rng: random.Random, sharpness: float = 4.0) -> list[
     return pairs
 
 
-def write_task(folder: Path, seed: int, demonstrations: int = 3000, pairs: int = 3000) -> None:
+def write_task(folder: Path, seed: int, demonstrations: int = 3000, pairs: int = 4000) -> None:
     """Write `demonstrations.jsonl`, `preferences.jsonl`, `prompts.jsonl` and `tokenizer/` into the folder."""
     rng = random.Random(seed)
     everything = prompts()

@@ -2,78 +2,52 @@
 
 from __future__ import annotations
 
-import difflib
-import logging
 import os
-import re
+import shutil
 import sys
-import warnings
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from transformers.utils.logging import disable_progress_bar
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 
 import p3o_lightning.callbacks  # noqa: F401  (short names in YAML)
+from p3o_lightning import __version__
 from p3o_lightning.callbacks import Export, LastCheckpoint, PredictionWriter
-from p3o_lightning.cli import fail
-from p3o_lightning.data import PreferenceDataModule
+from p3o_lightning.commands.arguments import Parser, ShippedConfig, causes, overview
+from p3o_lightning.commands.terminal import Progress, quiet_libraries
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import read_checkpoint
-from p3o_lightning.policy import PairwisePolicy
-from p3o_lightning.reward_model import RewardModel
-from p3o_lightning.shipped import shipped
+from p3o_lightning.models import CHECKPOINT_KEY, read_checkpoint
 from p3o_lightning.stage import Stage
-from p3o_lightning.supervised import SupervisedPolicy
-
-STAGES = (SupervisedPolicy, RewardModel, PairwisePolicy)  # imported so that YAML can name them without their module
-
-
-class Parser(LightningArgumentParser):
-    """The argument parser, with errors of one line that name the key and the nearest right one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit 2 with one line."""
-        cause: BaseException | None = ex
-        while cause is not None:  # a message of ours, raised while a class was built, says it best
-            if isinstance(cause, InputError):
-                message = str(cause)
-                break
-            cause = cause.__cause__ or cause.__context__
-        text = re.sub(r"\s+", " ", message)
-        text = re.sub(r" ?Problem with given class_path '[\w.]+': ?", " ", text)
-        fail(text[:600].strip() + self._nearest(text))
-        raise AssertionError  # fail() exits
-
-    def _nearest(self, message: str) -> str:
-        unknown = re.search(r"(?:Key|key|option|arguments:|Option) '?-*([\w.]+)'? ?(?:is not expected|)", message)
-        if unknown is None or ("not expected" not in message and "nrecognized" not in message):
-            return ""
-        word = unknown.group(1).split(".")[-1]
-        known = {name.split(".")[-1] for name in self._known_names()}
-        close = difflib.get_close_matches(word, known, 1)
-        return f" Did you mean {close[0]!r}?" if close else " (p3o fit --help lists the keys.)"
-
-    @staticmethod
-    def _known_names() -> list[str]:
-        import inspect
-
-        classes = (*STAGES, PreferenceDataModule, L.Trainer, LastCheckpoint, Export)
-        return [name for owner in classes for name in inspect.signature(owner.__init__).parameters]
 
 
 class SaveConfig(SaveConfigCallback):
-    """The resolved config, as <default_root_dir>/config.yaml and as text on the dashboard. Running again overwrites it."""
+    """The resolved config, as <default_root_dir>/config.yaml and as text on the dashboard. Running again overwrites it.
+
+    It is written when the first batch is there: bad input leaves no folder behind. The checkpoint keeps the number of the log folder,
+    so that a resumed run goes on in its own.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write both, from rank 0."""
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Nothing yet."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write both, once, from rank 0."""
+        if self.already_saved:
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        self.already_saved = True
+        if not trainer.is_global_zero:
+            return
+        config = self.config.clone()
+        config["ckpt_path"] = None  # the config is that of the run, however often it was resumed
+        text = self.parser.dump(config, skip_unset=False)
         root = Path(trainer.default_root_dir)
         root.mkdir(parents=True, exist_ok=True)
         (root / "config.yaml").write_text(text, encoding="utf-8")
@@ -81,11 +55,45 @@ class SaveConfig(SaveConfigCallback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("config", f"```yaml\n{text}\n```", 0)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Where the run writes its scalars."""
+        if isinstance(trainer.logger, TensorBoardLogger):
+            checkpoint[LOG_VERSION_KEY] = trainer.logger.version
+
+
+LOG_VERSION_KEY = "p3o_log_version"
+
+
+class CommandLineWins(L.Callback):
+    """On resume, the optimizer's settings are those of the config: its saved state would bring back the checkpoint's, without a word."""
+
+    def __init__(self, configured: list[Optimizer]) -> None:
+        self.configured = configured  # made of the config, never stepped
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After everything is restored. Where nothing was changed, nothing changes."""
+        for optimizer, wanted in zip(trainer.optimizers, self.configured, strict=False):
+            for group, given in zip(optimizer.param_groups, wanted.param_groups, strict=False):
+                group.update({name: value for name, value in given.items() if name not in ("params", "lr", "initial_lr")})
+                before, now = group.get("initial_lr", group["lr"]), given.get("initial_lr", given["lr"])
+                if before != now:
+                    group["lr"] = group["lr"] * now / before if before else now  # a schedule stays where it was
+                    if "initial_lr" in group:
+                        group["initial_lr"] = now
+        for config in trainer.lr_scheduler_configs:
+            if hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [group["initial_lr"] for group in config.scheduler.optimizer.param_groups]
+
 
 class StageCLI(LightningCLI):
     """One command for the three stages."""
 
+    resumed_step: int | None = None
+    resumed_version: int | None = None
+
     def __init__(self, arguments: list[str]) -> None:
+        self.command = arguments[0]
+        usage = f"p3o {self.command} --config FILE [--KEY VALUE ...]"
         super().__init__(
             Stage,
             L.LightningDataModule,
@@ -96,131 +104,281 @@ class StageCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
+            parser_class=Parser,
+            parser_kwargs={self.command: {"description": overview(self.command), "usage": usage}},
             args=arguments,
         )
 
+    # ---- arguments
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method there
+        """The asked one alone: the parsers of the four cost as much time as everything else here."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Our parser."""
-        parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action=_config_action(), help="a config file; several overlay, later ones win")
+        parser = self.parser_class(dump_header=[f"p3o_lightning {__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ShippedConfig, help="a config file; several overlay, later ones win")
         return parser
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`checkpoint:` and `export:` sections; `quiet`."""
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What users set most comes first: the stage and its data."""
+        parser.add_argument("--quiet", nargs="?", const=True, type=bool, default=False, help="no progress bar, no messages but warnings")
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+        parser.set_defaults({"data": {"class_path": "p3o_lightning.PreferenceDataModule"}})
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
-        parser.add_argument("--quiet", type=bool, default=False, help="no progress bar, no messages but warnings and errors")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Headings that say what the sections are."""
+        for group, title in (
+            ("model", "model: the stage"),
+            ("data", "data: what it is trained on"),
+            ("checkpoint", "checkpoint: last.ckpt, which --ckpt_path last resumes from"),
+            ("export", "export: the trained model as a transformers folder, at the end"),
+            ("trainer", "trainer: Lightning's Trainer"),
+        ):
+            (parser.groups or {})[group].title = title
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Our words for what Lightning's method takes."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                does = "go on from" if subcommand == "fit" else "use the weights of"
+                action.help = f"{does} this checkpoint; last: <default_root_dir>/checkpoints/last.ckpt. Flags win over its settings."
+            elif action.dest == "weights_only":
+                action.help = "how the checkpoint is loaded; ours need no pickle (default: as safe as torch.load)"
+            elif action.dest == "verbose":
+                action.help = "print the figures"
+        return parser
 
     @property
     def settings(self) -> Any:
         """The parsed values of the command."""
         return self.config.get(str(self.subcommand), self.config)
 
+    # ---- before anything slow is built
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the user's config by the checkpoint's hyperparameters here, without a word. The command line wins."""
 
     def before_instantiate_classes(self) -> None:
-        """Resolve `--ckpt_path last`, before anything slow is built."""
+        """Check the folder to write to and the checkpoint to start from."""
         settings = self.settings
-        if settings.quiet:
-            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        if not settings.get("ckpt_path"):
-            return
+        quiet_libraries(settings.quiet)
+        if self.subcommand in ("fit", "predict"):
+            check_folder(settings.trainer.default_root_dir)
+        if settings.get("ckpt_path"):
+            settings.ckpt_path = str(self._checkpoint(settings))
+
+    def _checkpoint(self, settings: Any) -> Path:
+        """The checkpoint that `--ckpt_path` names, after its checks."""
         path = Path(settings.ckpt_path)
         if str(path) == "last":
             path = Path(settings.checkpoint.dirpath or Path(settings.trainer.default_root_dir) / "checkpoints") / "last.ckpt"
         if not path.exists():
             raise InputError(f"ckpt_path is {settings.ckpt_path!r}, but {path} does not exist: leave --ckpt_path out to start afresh.")
-        settings.ckpt_path = str(path)
-        self.resumed_step = None if path.is_dir() else int(read_checkpoint(path)["global_step"])
-        if self.subcommand == "fit" and self.resumed_step is not None:
+        if path.is_dir():
+            return path  # sharded: Lightning reads it
+        checkpoint = read_checkpoint(path)
+        stage, now = checkpoint[CHECKPOINT_KEY]["stage"], _class_of(settings.model.class_path)
+        if stage not in [owner.__name__ for owner in now.__mro__]:
+            raise InputError(
+                f"ckpt_path is {settings.ckpt_path!r}, which holds a {stage}, but model.class_path is {now.__name__}: give a checkpoint of "
+                f"that class, or start from its weights by --model.model {path}."
+            )
+        if self.subcommand == "fit":
+            self.resumed_step = int(checkpoint["global_step"])
+            self.resumed_version = checkpoint.get(LOG_VERSION_KEY)
+            changed = _changed(checkpoint, settings)
+            _check_changes(checkpoint, changed, settings)
             print(f"resumed from step {self.resumed_step} ({path})", flush=True)
+            if changed:
+                print("changed on resume: " + ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items()), flush=True)
+        return path
 
-    resumed_step: int | None = None
+    # ---- building
+
+    def instantiate_classes(self) -> None:
+        """Build all of it; what our classes refuse is reported in their own words, not in jsonargparse's."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            for cause in causes(error):
+                if isinstance(cause, InputError):
+                    raise cause from None
+            raise
+        if self.subcommand == "predict" and not is_overridden("predict_step", self.model):
+            raise InputError(
+                f"model.class_path is {type(self.model).__name__}, which samples no responses: predict with a SupervisedPolicy or a "
+                "PairwisePolicy; p3o validate measures a RewardModel."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer, with our logger and progress bar where the config names none."""
-        trainer = self._get(self.config_init, "trainer")
-        root = Path(trainer.default_root_dir)
-        if trainer.logger in (None, True):
-            kwargs["logger"] = self._logger(root) if self.subcommand == "fit" and not trainer.fast_dev_run else False
-        callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks] if trainer.callbacks else []
-        callbacks = list(callbacks)
-        wants_bar = trainer.enable_progress_bar is not False and not self.settings.quiet and sys.stdout.isatty()
+        given = self._get(self.config_init, "trainer")
+        root = Path(given.default_root_dir)
+        fits = self.subcommand == "fit"
+        if given.logger in (None, True):
+            kwargs["logger"] = self._logger(root) if fits and not given.fast_dev_run else False
+        callbacks = list(given.callbacks) if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
+        wants_bar = given.enable_progress_bar is not False and not self.settings.quiet and sys.stdout.isatty()
         kwargs["enable_progress_bar"] = wants_bar
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(RichProgressBar())
+            callbacks.append(Progress())
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
             callbacks.append(PredictionWriter())
-        if trainer.enable_model_summary is None:
-            kwargs["enable_model_summary"] = wants_bar
-        # the callbacks of the `checkpoint` and `export` sections belong to a fit that keeps checkpoints
-        mine = [self._get(self.config_init, name) for name in self._parser(self.subcommand).callback_keys]
-        if self.subcommand == "fit":
-            callbacks += [item for item in mine if not (isinstance(item, LastCheckpoint) and trainer.enable_checkpointing is False)]
-        kwargs["callbacks"] = callbacks
-        config = {**trainer, **kwargs}
-        if self.subcommand == "fit" and self.save_config_callback and not trainer.fast_dev_run:
-            config["callbacks"].append(
-                self.save_config_callback(
-                    self._parser(self.subcommand), self.config.get(str(self.subcommand), self.config), **self.save_config_kwargs
-                )
-            )
-        return self.trainer_class(**config)
+        if given.enable_model_summary is None:
+            kwargs["enable_model_summary"] = False
+        if fits:  # the callbacks of the `checkpoint` and `export` sections belong to a fit that keeps checkpoints
+            mine = [self._get(self.config_init, name) for name in self._parser(self.subcommand).callback_keys]
+            callbacks += [item for item in mine if not (isinstance(item, LastCheckpoint) and given.enable_checkpointing is False)]
+            if self.resumed_step is not None:
+                callbacks.append(CommandLineWins(_optimizers(self.model.configure_optimizers())))
+            if self.save_config_callback and not given.fast_dev_run:
+                callbacks.append(self.save_config_callback(self._parser(self.subcommand), self.settings, **self.save_config_kwargs))
+        try:
+            return self.trainer_class(**{**given, **kwargs, "callbacks": callbacks})
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"the trainer section cannot be used: {_first_line(error)}") from error
 
     def _logger(self, root: Path) -> TensorBoardLogger:
-        """A fresh version for a fresh run; a resumed one goes on in the latest, with the steps that it repeats purged."""
-        if self.resumed_step is None:
+        """A fresh version for a fresh run; a resumed one goes on in its own, with the steps that it repeats purged."""
+        if self.resumed_version is None or not (root / "logs" / f"version_{self.resumed_version}").is_dir():
             return TensorBoardLogger(root, name="logs", default_hp_metric=False)
-        versions = sorted(int(path.name.removeprefix("version_")) for path in (root / "logs").glob("version_*") if path.name[8:].isdigit())
-        version = versions[-1] if versions else 0
-        return TensorBoardLogger(root, name="logs", version=version, default_hp_metric=False, purge_step=self.resumed_step)
+        return TensorBoardLogger(root, name="logs", version=self.resumed_version, default_hp_metric=False, purge_step=self.resumed_step)
+
+    # ---- running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; after Ctrl-C or SIGTERM, one line, and the exit status that shells give to a process that was stopped so."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            terminated = self.trainer.received_sigterm
+            if not terminated and not (stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt)):  # Lightning's way to leave
+                raise
+            saved = [item for item in self.trainer.callbacks if isinstance(item, LastCheckpoint) and item.path(self.trainer).exists()]  # type: ignore[attr-defined]
+            then = f"; --ckpt_path last goes on from step {saved[0].saved_step}" if subcommand == "fit" and saved else ""
+            how = "terminated" if terminated else "interrupted"
+            print(f"p3o: {how} at step {self.trainer.global_step}{then}", file=sys.stderr)
+            raise SystemExit(143 if terminated else 130) from None
+
+    def fit(self, **arguments: Any) -> None:
+        """Train. What stops the run before its first update leaves no folder behind."""
+        root = Path(self.trainer.default_root_dir).absolute()
+        logger = self.trainer.logger
+        logs = Path(logger.log_dir) if isinstance(logger, TensorBoardLogger) else None
+        fresh = [folder for folder in (logs, root / "logs", root, *root.parents) if folder is not None and not folder.exists()]
+        try:
+            self.trainer.fit(**arguments)
+        except BaseException:
+            if self.trainer.global_step == (self.resumed_step or 0):
+                _sweep(fresh, logs)
+            raise
 
 
-def _config_action() -> Any:
-    from jsonargparse import ActionConfigFile
-
-    class ShippedConfig(ActionConfigFile):
-        """A config file; `configs/...` that is not in the working directory is looked up among the shipped ones."""
-
-        def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
-            path = shipped(str(value))
-            if not path.is_file():
-                raise InputError(
-                    f"config is {str(value)!r}: no such file. Give a YAML file, or a shipped one, e.g. configs/debug/policy.yaml."
-                )
-            super().__call__(parser, namespace, str(path), option_string)
-
-    return ShippedConfig
+def check_folder(folder: str | Path) -> None:
+    """Refuse a run folder that cannot be written to."""
+    wanted = Path(folder).absolute()
+    there = next(place for place in (wanted, *wanted.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is a file: name a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is not writable: name another folder.")
 
 
-def quiet_lightning() -> None:
-    """Drop Lightning's advertising and what a user can do nothing about; its other messages stay."""
-    noise = ("litlogger", "litmodels", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Seed set to")
-    disable_progress_bar()  # of loading and saving weights: a line each
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.fabric"):
-        logging.getLogger(name).addFilter(lambda record: not any(word in record.getMessage() for word in noise))
-    for handler in (*logging.getLogger("lightning.pytorch").handlers, *logging.getLogger("lightning.fabric").handlers):
-        handler.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
-    for message in (
-        ".*LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*no `val_dataloader`.*",
-        ".*log_every_n_steps.*",
-        ".*eval mode.*",
-        ".*args parameter is intended.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+def _class_of(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _changed(checkpoint: dict[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
+    """Settings of model and data that differ from the checkpoint's: key -> (before, now)."""
+    plain = (int, float, str, bool, type(None))
+    changed = {}
+    for section, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+        now = (settings.get(section) or {}).get("init_args") or {}
+        for name, before in (checkpoint.get(saved) or {}).items():
+            if name in now and isinstance(before, plain) and isinstance(now[name], plain) and before != now[name]:
+                changed[f"{section}.{name}"] = before, now[name]
+    return changed
+
+
+def _check_changes(checkpoint: dict[str, Any], changed: dict[str, tuple[Any, Any]], settings: Any) -> None:
+    """Refuse what a resumed run could not use."""
+    given = settings.ckpt_path
+    if settings.model.get("init_args", {}).get("kl_target") is not None and "model.kl_coef" in changed and "model.kl_target" not in changed:
+        before, now = changed["model.kl_coef"]
+        raise InputError(
+            f"model.kl_coef is {now}, but with model.kl_target the price of KL goes on from where {given!r} left it: leave it at {before}, "
+            "or set model.kl_target to null."
+        )
+    if all(share is None for share in checkpoint.get("p3o_experience", {}).get("pending") or []):
+        return
+    for key in ("data.batch_size", "model.micro_batch_size", "model.num_iterations"):
+        if key in changed:  # inside a rollout, what cuts it into updates must stay; at its end it may change
+            before, now = changed[key]
+            raise InputError(
+                f"{key} is {now}, but {given!r} stopped inside a rollout that was begun with {before}: resume with {before}, or "
+                "start afresh from its weights by --model.model."
+            )
+
+
+def _optimizers(configured: Any) -> list[Optimizer]:
+    """Those that `configure_optimizers` made, in the forms that our stages use; a subclass may return others, which are left alone."""
+    if isinstance(configured, dict):
+        configured = configured.get("optimizer")
+    return [configured] if isinstance(configured, Optimizer) else []
+
+
+def _sweep(fresh: list[Path], logs: Path | None) -> None:
+    """Remove the log folder and the empty folders that a run has made which did not get to train."""
+    if logs in fresh:
+        shutil.rmtree(logs, ignore_errors=True)
+    for folder in fresh:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def main(arguments: list[str]) -> StageCLI:
     """Run `p3o fit|validate|test|predict ...`; returns the command with its trainer, model and data."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
-    quiet_lightning()
+    quiet_libraries()
+    given = class_help(arguments)
+    if len(given) == 1:
+        raise InputError(f"{given[0]} needs a model and data: give --config FILE, e.g. configs/debug/policy.yaml (p3o {given[0]} --help).")
     try:
-        return StageCLI(arguments)
-    except SystemExit as stop:
-        if stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C
-            raise KeyboardInterrupt from None
-        raise
+        return StageCLI(given)
+    except MisconfigurationException as error:
+        raise InputError(f"the trainer section cannot be used: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        where = next((line.strip() for line in str(error).splitlines()[1:]), "")
+        raise InputError(
+            f"ckpt_path names weights that do not fit the model of this config ({where}): give the config of that run."
+        ) from error
+
+
+def class_help(arguments: list[str]) -> list[str]:
+    """`fit --model CLASS --help` means the help of that class, which is `fit --model.help CLASS` to jsonargparse."""
+    if not {"-h", "--help"} & set(arguments):
+        return arguments
+    for key in ("--model", "--data"):
+        for place, argument in enumerate(arguments):
+            if argument.startswith(f"{key}="):
+                return [arguments[0], f"{key}.help={argument.partition('=')[2]}"]
+            if argument == key and place + 1 < len(arguments) and not arguments[place + 1].startswith("-"):
+                return [arguments[0], f"{key}.help={arguments[place + 1]}"]
+    return arguments

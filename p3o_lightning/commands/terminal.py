@@ -1,0 +1,107 @@
+"""What a run shows: nothing but its own lines where no one watches, a progress bar with score and KL on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any, TextIO
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import RichProgressBar
+from transformers.utils.logging import disable_progress_bar
+
+# Advertising, and what a user can do nothing about.
+_NOISE = (
+    "litlogger",
+    "litmodels",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "`Trainer.fit` stopped",
+    "Seed set to",
+    "Detected KeyboardInterrupt",
+    "Received SIGTERM",
+    "Restoring states from the checkpoint path",
+    "Restored all states from the checkpoint",
+    "Loaded model weights from the checkpoint",
+)
+_IGNORED = (
+    ".*LeafSpec.*",
+    ".*does not have many workers.*",
+    ".*no `val_dataloader`.*",
+    ".*log_every_n_steps.*",
+    ".*eval mode.*",
+    ".*args parameter is intended.*",
+    ".*is_gradient_checkpointing.*",
+    ".*You have overridden .* in `LightningModule` but have passed in a `LightningDataModule`.*",
+)
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar, with the updates of the whole run beside it; it ends before the run's last lines are printed."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Updates, then what the stage logs with `prog_bar=True`."""
+        items: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        updates = {"update": f"{trainer.global_step}/{trainer.max_steps}"} if trainer.training and trainer.max_steps > 0 else {}
+        return {**updates, **items}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what is trained, then begin."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
+        trained, total = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
+        print(f"training {trained:,} of {total:,} parameters on {pl_module.device}", flush=True)
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the line to the messages that follow."""
+        super().on_train_end(trainer, pl_module)
+        self._stop_progress()
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        return f"Epoch {current_epoch}" + (f"/{last - 1}" if last is not None and last > 0 else "")
+
+
+class CurrentStderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is now: the progress bar puts a proxy there, so that a message does not land in its middle."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Asked at every message."""
+        return sys.stderr
+
+
+def quiet_libraries(quiet: bool = False) -> None:
+    """Drop what helps no one; with `quiet`, all but warnings. Calling it again changes nothing."""
+    disable_progress_bar()  # transformers', of loading and saving weights: a line each
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addFilter(_is_news)
+        for place, handler in enumerate(logger.handlers):
+            if type(handler) is logging.StreamHandler:
+                logger.handlers[place] = CurrentStderr()
+            logger.handlers[place].addFilter(_is_news)  # a handler also hears the loggers below
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_load_news)
+    for message in _IGNORED:
+        warnings.filterwarnings("ignore", message)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in _NOISE)
+
+
+def _is_load_news(record: logging.LogRecord) -> bool:
+    """A reward model that starts from a language model lacks its head and has one too many: that is how it is meant."""
+    text = record.getMessage()
+    if "LOAD REPORT" not in text:
+        return True
+    keys = {line.split("|")[0].strip() for line in text.splitlines() if line.count("|") >= 2}
+    return not {key for key in keys if "." in key} <= {"score.weight", "lm_head.weight"}
