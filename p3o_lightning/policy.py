@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,7 +209,7 @@ class PairwisePolicy(Stage):
         self, prompts: PromptBatch, seed: int | None = None
     ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
         """K responses for each prompt and their mask, sampled EOS included; dropout off."""
-        with eval_mode(self.model):
+        with eval_mode(self.model), float32_by_default():
             return sample_completions(
                 self.model,
                 prompts.tokens,
@@ -243,7 +243,8 @@ class PairwisePolicy(Stage):
         if self.rewards is None:
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
         texts = decode_completions(self.tokenizer, tokens, mask)
-        scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
+        with float32_by_default():
+            scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
         scores = scores.to(tokens.device)
         if self.missing_eos_penalty is not None:
             scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
@@ -427,6 +428,17 @@ class PairwisePolicy(Stage):
         if checkpoint[CHECKPOINT_KEY]["peft"] is None:
             arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
         return super().load_from_checkpoint(checkpoint_path, **arguments)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Numbers that are made inside, draws and rewards, are float32: under `precision: bf16-true` Lightning makes bfloat16 the default."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(former, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:

@@ -16,6 +16,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="p3o-datasets-")
 
 import hypothesis
 import torch
+from running import p3o  # noqa: F401  (a fixture)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)

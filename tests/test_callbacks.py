@@ -128,6 +128,14 @@ def test_ctrl_c_saves_at_the_end_of_the_update_and_resumes_to_the_bit(accumulate
     assert run.global_step == 6 and equal(weights(resumed), weights(whole))
 
 
+def test_a_second_ctrl_c_stops_at_once(tmp_path, signals):
+    saver = Noting(every_n_steps=100)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, [PressCtrlC(1), PressCtrlC(1), saver], max_steps=4)
+    assert saver.steps == []
+
+
 def test_an_interrupted_callback_serves_again_and_the_handler_is_given_back(tmp_path, signals):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     saver = LastCheckpoint()

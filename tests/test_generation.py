@@ -1,8 +1,27 @@
 """Sampling: token for token what a plain loop over the model gives, for every kind of cache; and draws that follow the distribution.
 
 The power of these tests, found by planting one error at a time in generation.py:
-    planted error                                   first test that fails, without test_
-POWER
+    planted error                                  first test that fails, without test_
+    positions of the padded row                    sampling_is_a_plain_loop_over_the_model
+    prompt positions from the left edge            sampling_is_a_plain_loop_over_the_model
+    cache rows not dropped with the batch's        sampling_is_a_plain_loop_over_the_model
+    cache repeated in another order                sampling_is_a_plain_loop_over_the_model
+    recurrent layers trusted with DynamicCache     sampling_is_a_plain_loop_over_the_model
+    EOS outside the mask                           sampling_is_a_plain_loop_over_the_model
+    finished rows go on                            sampling_is_a_plain_loop_over_the_model
+    padding id taken for EOS                       sampling_is_a_plain_loop_over_the_model
+    temperature not applied                        sampling_is_a_plain_loop_over_the_model
+    temperature multiplies                         sampling_is_a_plain_loop_over_the_model
+    uniforms of the batch row, not the response's  sampling_is_a_plain_loop_over_the_model
+    seed ignored                                   sampling_is_a_plain_loop_over_the_model
+    searchsorted on the left side                  top_k_keeps_k_of_equal_logits
+    cumulative sum in float32                      float64_logits_are_not_rounded
+    top_p drops the token that crosses it          top_k_and_top_p_restrict_the_support
+    top_k off by one                               top_k_and_top_p_restrict_the_support
+    top_k keeps all ties                           top_k_keeps_k_of_equal_logits
+    logits in float32 always                       float64_logits_are_not_rounded
+    NaN not noticed                                logits_that_are_not_finite_stop_with_the_reason
+    spaces cleaned up in texts                     texts_are_without_padding_and_special_tokens_and_otherwise_as_sampled
 """
 
 from __future__ import annotations

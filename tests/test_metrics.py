@@ -1,8 +1,15 @@
 """The reward model's report card against an independent computation, pair by pair.
 
 The power of these tests, found by planting one error at a time in metrics.py:
-    planted error                                   first test that fails, without test_
-POWER
+    planted error                 first test that fails, without test_
+    ties count as wrong           figures_are_those_of_an_independent_computation
+    confidence not folded         figures_are_those_of_an_independent_computation
+    five bins                     figures_are_those_of_an_independent_computation
+    length rule of shorter alone  figures_are_those_of_an_independent_computation
+    Wald interval                 wilson_intervals_of_the_literature
+    mean of batch means           figures_are_those_of_an_independent_computation
+    sums in float32               figures_are_those_of_an_independent_computation
+    NaN breaks the bins           scores_that_are_not_finite_show_and_do_not_stop_the_run
 """
 
 from __future__ import annotations
@@ -121,7 +128,7 @@ def test_scores_that_are_not_finite_show_and_do_not_stop_the_run():
         (0, 10, 0.0, 0.277533),
         (10, 10, 0.722467, 1.0),
         (1, 1, 0.206549, 1.0),
-        (81, 263, 0.255, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3: 0.2553 to 0.3662
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3: 0.2553 to 0.3662
     ],
 )
 def test_wilson_intervals_of_the_literature(wins, trials, low, high):

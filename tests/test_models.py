@@ -1,8 +1,34 @@
 """Loading from every kind of source, what is refused and why, and the two forwards that everything rests on: log-probabilities and scores.
 
 The power of these tests, found by planting one error at a time in models.py:
-    planted error                                   first test that fails, without test_
-POWER
+    planted error                          first test that fails, without test_
+    buffers cast with the weights          bfloat16_weights_leave_the_rotary_frequencies_alone
+    dtype missing in the config            weights_are_not_rounded_on_the_way_through_a_checkpoint
+    backbone of a causal model not copied  a_language_model_becomes_a_reward_backbone_with_its_own_weights
+    missing weights accepted               a_language_model_is_no_trained_reward
+    fresh head passes for a trained one    a_language_model_is_no_trained_reward
+    labels not counted                     a_classifier_with_several_labels_is_refused
+    pickles loaded                         a_pickle_in_a_checkpoint_is_refused_and_not_run
+    weights in .bin accepted               weights_in_pickles_are_refused
+    unknown config keys pass               bad_configs_are_told_apart
+    adapter fields forgotten               a_checkpoint_of_every_stage_is_a_model_source_and_loads_again
+    adapter without its task               an_adapter_trains_the_fresh_head_however_it_is_spelled
+    dropout read from configs left on      dropout_off_makes_train_mode_deterministic
+    dropout of float attributes left on    dropout_off_makes_train_mode_deterministic
+    dropout modules left on                dropout_off_makes_train_mode_deterministic
+    dropout off in the exported config     dropout_off_makes_train_mode_deterministic
+    special tokens read from text          bytes_round_trip_the_awkward_ones_even_when_saved
+    user's tokenizer changed               a_missing_padding_token_becomes_eos_in_a_copy
+    pad == eos kept                        a_distinct_padding_token_is_the_unknown_one_or_a_new_one
+    log-probabilities one position late    log_probabilities_are_those_of_single_unpadded_sequences
+    temperature not in log-probabilities   log_probabilities_are_those_of_single_unpadded_sequences
+    positions count padding                log_probabilities_are_those_of_single_unpadded_sequences
+    mask not handed to the model           log_probabilities_are_those_of_single_unpadded_sequences
+    log-probabilities in half precision    log_probabilities_of_a_half_precision_model_are_float32
+    float64 rounded                        log_probabilities_are_those_of_single_unpadded_sequences
+    pooled before the last token           scores_of_a_padded_batch_equal_those_of_each_row_alone
+    pooled by padding id                   scores_of_a_padded_batch_equal_those_of_each_row_alone
+    pooled at the right edge               scores_of_a_padded_batch_equal_those_of_each_row_alone
 """
 
 from __future__ import annotations

@@ -31,7 +31,20 @@ PROJECT = PYPROJECT["project"]
 LAYERS = [
     {"cli", "commands", "__main__"},
     {"policy", "reward_model", "supervised", "direct"},
-    {"generation", "rewards", "judges", "experience", "figures", "proofs", "data", "data_files", "data_formats", "encoding", "loaders", "metrics"},
+    {
+        "generation",
+        "rewards",
+        "judges",
+        "experience",
+        "figures",
+        "proofs",
+        "data",
+        "data_files",
+        "data_formats",
+        "encoding",
+        "loaders",
+        "metrics",
+    },
     {"stage", "models", "gguf_files", "sharding"},
     {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped"},
 ]

@@ -1,7 +1,8 @@
 """PairwisePolicy: known answers, what holds at the first update, and what must not depend on how a batch is cut.
 
-Proved by planting faults: dropping EOS from the mask, scoring at temperature 1, pairing responses of two prompts, training the reference,
-or forgetting the half of the pair loss, each fails a test here.
+Proved by planting faults: dropout left on, training at temperature 1, a reference that is trained along, saved, or left in another
+precision, log-probabilities rounded by bf16-true, a controller or a penalty of the wrong sign, or judged gaps that are ignored, each fails
+a test here.
 """
 
 from __future__ import annotations
@@ -171,6 +172,21 @@ def test_precision_of_the_trainer_leaves_the_first_ratio_at_one(tmp_path):
         assert any(row["p3o/gap_logratio"] > 0 for row in later), precision
         rollout = next(row for _, row in recorder.rows if "objective/kl" in row)
         assert rollout["objective/kl"] == 0, precision
+
+
+def test_rewards_and_draws_are_float32_under_bf16_true(tmp_path):
+    recorder = Recorder()
+    module = policy(reward_funcs=lambda completions, **_: torch.tensor([1 / 3] * len(completions)))
+    run = trainer(tmp_path, max_steps=1, precision="bf16-true", logger=recorder)
+    run.fit(module, module.wrap_train_dataloader(prompts()))
+    assert recorder.rows[0][1]["objective/scores"] == pytest.approx(1 / 3, abs=1e-6)
+    exact, draws = policy().bfloat16(), []
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        draws.append(exact.sample(collate(PROMPTS * 8), seed=1)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(draws[0], exact.sample(collate(PROMPTS * 8), seed=1)[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

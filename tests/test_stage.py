@@ -1,4 +1,4 @@
-"""What the three stages share: checkpoints that are complete on their own, exports that plain transformers code loads; and their composition."""
+"""What the three stages share: checkpoints that are complete on their own, exports that transformers loads; and how they compose."""
 
 from __future__ import annotations
 
@@ -121,9 +121,10 @@ def test_the_generation_config_keeps_a_models_other_ends(tmp_path):
     module.model.generation_config.eos_token_id = [7, 8]
     module.export(tmp_path / "export")
     assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == [7, 8]
-    module.model.generation_config.eos_token_id = 7
+    module.model.generation_config.eos_token_id, module.model.generation_config.pad_token_id = 7, None
     module.export(tmp_path / "export")
-    assert GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id == 8
+    config = GenerationConfig.from_pretrained(tmp_path / "export")
+    assert config.eos_token_id == 8 and config.pad_token_id == 9
     assert module.model.generation_config.eos_token_id == 7
 
 

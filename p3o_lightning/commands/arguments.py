@@ -17,7 +17,6 @@ import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-from p3o_lightning.cli import fail
 from p3o_lightning.data import PreferenceDataModule
 from p3o_lightning.errors import InputError
 from p3o_lightning.policy import PairwisePolicy
@@ -48,14 +47,13 @@ class Parser(LightningArgumentParser):
         super().__init__(*arguments, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit 2 with one line. The parser of a class hands the error to the one around it, which knows the key in front."""
+        """Say it in one line. The parser of a class hands the error to the one around it, which knows the key in front."""
         if not self.exit_on_error:
             if unknown := re.search(r"Option '([\w.]+)' is not accepted", message):
                 message = f"{unknown.group()}\nknown: {' '.join(self.names())}"
             raise argparse.ArgumentError(None, message) from ex
         inner = getattr(ex, "subcommand_parser", None) or self
-        fail(explain(message, ex, inner.names()))
-        raise AssertionError  # fail() exits
+        raise InputError(explain(message, ex, inner.names())) from ex
 
     def names(self) -> list[str]:
         """The keys that it accepts."""

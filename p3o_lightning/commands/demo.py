@@ -108,6 +108,7 @@ def measure(out: Path, seed: int, samples: int = 4) -> tuple[Measured, Measured,
         prompts = next(iter(data.val_dataloader()))
         policy.rollout_seed = mix(seed, 3)
         experience = policy.rollout_step(prompts)
+        assert experience.scores is not None  # a reward model scores; only a judge gives gaps alone
         rows = decode_completions(policy.tokenizer, experience.completion_tokens, experience.completion_mask)
         texts = [text for row in rows for text in row]
         reports.append(

@@ -19,6 +19,7 @@ _NOISE = (
     "TPU available",
     "HPU available",
     "`Trainer.fit` stopped",
+    "was configured so",  # limit_val_batches, as asked
     "Seed set to",
     "Detected KeyboardInterrupt",
     "Received SIGTERM",
@@ -33,10 +34,10 @@ _IGNORED = (
     ".*log_every_n_steps.*",
     ".*eval mode.*",
     ".*args parameter is intended.*",
+    ".*Total length of `list` across ranks is zero.*",  # no validation, as asked
     ".*is_gradient_checkpointing.*",
     ".*You have overridden .* in `LightningModule` but have passed in a `LightningDataModule`.*",
 )
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
 
 class Progress(RichProgressBar):
@@ -81,13 +82,14 @@ class CurrentStderr(logging.StreamHandler[TextIO]):
 def quiet_libraries(quiet: bool = False) -> None:
     """Drop what helps no one; with `quiet`, all but warnings. Calling it again changes nothing."""
     disable_progress_bar()  # transformers', of loading and saving weights: a line each
-    for name in _LOGGERS:
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
-        logger.addFilter(_is_news)
-        for place, handler in enumerate(logger.handlers):
-            if type(handler) is logging.StreamHandler:
-                logger.handlers[place] = CurrentStderr()
-            logger.handlers[place].addFilter(_is_news)  # a handler also hears the loggers below
+        logger.handlers = [handler for handler in logger.handlers if type(handler) is not logging.StreamHandler]
+        if not any(isinstance(handler, CurrentStderr) for handler in logger.handlers):
+            logger.addHandler(CurrentStderr())
+        for handler in logger.handlers:
+            handler.addFilter(_is_news)
+        logger.propagate = False  # else a library that has set up logging shows every line twice
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING if quiet else logging.INFO)
     logging.getLogger("transformers.modeling_utils").addFilter(_is_load_news)
     for message in _IGNORED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
@@ -26,6 +28,8 @@ from p3o_lightning.commands.terminal import Progress, quiet_libraries
 from p3o_lightning.errors import InputError
 from p3o_lightning.models import CHECKPOINT_KEY, read_checkpoint
 from p3o_lightning.stage import Stage
+
+say = rank_zero_only(print)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -186,7 +190,7 @@ class StageCLI(LightningCLI):
             return path  # sharded: Lightning reads it
         checkpoint = read_checkpoint(path)
         stage, now = checkpoint[CHECKPOINT_KEY]["stage"], _class_of(settings.model.class_path)
-        if stage not in [owner.__name__ for owner in now.__mro__]:
+        if stage != now.__name__:
             raise InputError(
                 f"ckpt_path is {settings.ckpt_path!r}, which holds a {stage}, but model.class_path is {now.__name__}: give a checkpoint of "
                 f"that class, or start from its weights by --model.model {path}."
@@ -196,9 +200,9 @@ class StageCLI(LightningCLI):
             self.resumed_version = checkpoint.get(LOG_VERSION_KEY)
             changed = _changed(checkpoint, settings)
             _check_changes(checkpoint, changed, settings)
-            print(f"resumed from step {self.resumed_step} ({path})", flush=True)
+            say(f"resumed from step {self.resumed_step} ({path})", flush=True)
             if changed:
-                print("changed on resume: " + ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items()), flush=True)
+                say("changed on resume: " + ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items()), flush=True)
         return path
 
     # ---- building
@@ -223,7 +227,7 @@ class StageCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         root = Path(given.default_root_dir)
         fits = self.subcommand == "fit"
-        if given.logger in (None, True):
+        if "logger" not in kwargs and given.logger in (None, True):
             kwargs["logger"] = self._logger(root) if fits and not given.fast_dev_run else False
         callbacks = list(given.callbacks) if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         wants_bar = given.enable_progress_bar is not False and not self.settings.quiet and sys.stdout.isatty()
@@ -280,6 +284,47 @@ class StageCLI(LightningCLI):
             if self.trainer.global_step == (self.resumed_step or 0):
                 _sweep(fresh, logs)
             raise
+
+    def validate(self, verbose: bool = True, **arguments: Any) -> None:
+        """Evaluate on the validation rows, and print the figures."""
+        _show(self.trainer.validate(verbose=False, **arguments), verbose)
+
+    def test(self, verbose: bool = True, **arguments: Any) -> None:
+        """Evaluate on the test rows, and print the figures."""
+        _show(self.trainer.test(verbose=False, **arguments), verbose)
+
+
+class Rehearsal(StageCLI):
+    """A fit up to its first batch, for `p3o doctor`: no update, nothing written."""
+
+    class FirstBatch(Exception):
+        """It is there."""
+
+    class StopThere(L.Callback):
+        """Ends the run before the first update."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+            """Here."""
+            raise Rehearsal.FirstBatch
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The config's, without a logger, and stopped."""
+        trainer = super().instantiate_trainer(**{**kwargs, "logger": False})
+        trainer.callbacks.insert(0, self.StopThere())  # type: ignore[attr-defined]
+        return trainer
+
+    def fit(self, **arguments: Any) -> None:
+        """Up to the first batch."""
+        with suppress(self.FirstBatch):
+            super().fit(**arguments)
+
+
+def _show(results: Any, verbose: bool) -> None:
+    """The figures of an evaluation, one a line."""
+    if verbose:
+        for figures in results:
+            for name, value in sorted(figures.items()):
+                say(f"{name:<30} {value:.4f}")
 
 
 def check_folder(folder: str | Path) -> None:
@@ -341,8 +386,16 @@ def _sweep(fresh: list[Path], logs: Path | None) -> None:
     if logs in fresh:
         shutil.rmtree(logs, ignore_errors=True)
     for folder in fresh:
-        if folder.is_dir() and not any(folder.iterdir()):
+        with suppress(OSError):  # not empty, or not there; another rank may have been here
             folder.rmdir()
+
+
+def _is_lightnings(error: BaseException) -> bool:
+    """Whether Lightning itself raised it, about the Trainer's flags; not code of ours or of the user's that it called."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(L.__file__).parents[1])
 
 
 def _first_line(error: BaseException) -> str:
@@ -350,7 +403,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def main(arguments: list[str]) -> StageCLI:
+def rehearse(arguments: list[str]) -> StageCLI:
+    """`p3o fit ...` up to its first batch; raises what would stop it."""
+    return main(arguments, Rehearsal)
+
+
+def main(arguments: list[str], run: type[StageCLI] = StageCLI) -> StageCLI:
     """Run `p3o fit|validate|test|predict ...`; returns the command with its trainer, model and data."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
@@ -359,8 +417,10 @@ def main(arguments: list[str]) -> StageCLI:
     if len(given) == 1:
         raise InputError(f"{given[0]} needs a model and data: give --config FILE, e.g. configs/debug/policy.yaml (p3o {given[0]} --help).")
     try:
-        return StageCLI(given)
-    except MisconfigurationException as error:
+        return run(given)
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, InputError) or not _is_lightnings(error):
+            raise
         raise InputError(f"the trainer section cannot be used: {_first_line(error)}") from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):

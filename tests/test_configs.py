@@ -1,0 +1,107 @@
+"""Every recipe is a file that runs: its command stands on top, its classes are built, and its stages train in a row on stand-ins."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from p3o_lightning import PairwisePolicy, RewardModel, SupervisedPolicy
+from p3o_lightning.callbacks import LastCheckpoint
+from p3o_lightning.commands.demo_task import write_task
+from p3o_lightning.models import byte_tokenizer, load_policy
+from p3o_lightning.seeds import mix
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
+RECIPES = [name for name in FILES if "model" in yaml.safe_load((CONFIGS.parent / name).read_text())]
+STAGES = ("sft", "reward", "policy")
+FAMILIES = sorted({Path(name).parent.as_posix() for name in RECIPES})
+CLASSES = {"sft": SupervisedPolicy, "reward": RewardModel, "policy": PairwisePolicy}
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of what a recipe needs from elsewhere: the demo's task, a small chat model, the real data."""
+    write_task(folder / "runs/demo", seed=0, demonstrations=200, pairs=200)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(0)
+    model = load_policy({"model_type": "llama", "max_position_embeddings": 512, **TINY}, tokenizer)
+    for writer in (model, tokenizer):
+        writer.save_pretrained(folder / "models/smollm2-135m-instruct")
+    rows = []
+    for number in range(1200):
+        question = f"\n\nHuman: What is {mix(number) % 10_000} good for?\n\nAssistant:"
+        rows.append({"chosen": question + " Counting.", "rejected": question + " No idea, and I would rather not say."})
+    data = folder / "data/hh-rlhf/harmless-base-test.jsonl.gz"
+    data.parent.mkdir(parents=True)
+    data.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    monkeypatch.setenv("P3O_DATA", str(folder / "data"))
+
+
+def test_the_recipes_are_found():
+    assert {"configs/debug", "configs/demo"} <= set(FAMILIES)
+    assert all(f"{family}/{stage}.yaml" in RECIPES for family in FAMILIES for stage in STAGES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_command_stands_on_top_and_parses(p3o, name):
+    top = [line for line in (CONFIGS.parent / name).read_text().splitlines()[:6] if line.startswith("#")]
+    assert top, "a recipe begins with what it does, and its command"
+    commands = [line.lstrip("# ").split("  #")[0].split() for line in top if "p3o fit " in line]
+    assert any(name in command for command in commands), f"its own command is not on top of {name}"
+    command = next(command for command in commands if name in command)
+    shown = p3o(*command[1:], "--print_config")
+    assert shown.code == 0, shown
+    printed = yaml.safe_load(shown.out)
+    given = yaml.safe_load((CONFIGS.parent / name).read_text())
+    if name in RECIPES:
+        stage = Path(name).stem
+        assert printed["model"]["class_path"] == f"p3o_lightning.{CLASSES[stage].__name__}"
+        assert printed["trainer"]["default_root_dir"] == f"runs/{Path(name).parent.name.removeprefix('configs/')}/{stage}"
+        assert given["model"]["init_args"].items() <= printed["model"]["init_args"].items()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_stages_train_in_a_row(p3o, family, monkeypatch):
+    """Each from what the one before left: one update a stage, with every class, path and setting of the recipe."""
+    stand_ins(p3o.folder, monkeypatch)
+    for stage in STAGES:
+        config = f"{family}/{stage}.yaml"
+        short = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
+        run = p3o("fit", "--config", config, *short)
+        assert run.code == 0, (config, run)
+        root = p3o.folder / yaml.safe_load((CONFIGS.parent / config).read_text())["trainer"]["default_root_dir"]
+        assert sorted(path.name for path in root.iterdir()) == ["checkpoints", "config.yaml", "export", "logs"]
+        head = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+        head.from_pretrained(root / "export")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_debug_recipe_runs_to_its_end(p3o, stage, monkeypatch):
+    """The export gives the outputs of the checkpoint's model; the policy saves after every rollout."""
+    saved = []
+    save = LastCheckpoint.save
+    monkeypatch.setattr(LastCheckpoint, "save", lambda self, trainer: saved.append(trainer.global_step) or save(self, trainer))
+    config = yaml.safe_load((CONFIGS / f"debug/{stage}.yaml").read_text())
+    assert p3o("fit", "--config", f"configs/debug/{stage}.yaml").code == 0
+    root = p3o.folder / config["trainer"]["default_root_dir"]
+    steps = config["trainer"]["max_steps"]
+    assert saved[-1] == steps
+    if stage == "policy":
+        settings, prompts = config["model"]["init_args"], config["data"]["init_args"]["batch_size"]
+        rollout = settings["num_iterations"] * prompts // settings["micro_batch_size"]
+        assert steps >= 40 and set(range(rollout, steps + 1, rollout)) <= set(saved)
+
+    kept = CLASSES[stage].load_from_checkpoint(root / "checkpoints/last.ckpt").model.eval()
+    head = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    exported, tokenizer = head.from_pretrained(root / "export").eval(), AutoTokenizer.from_pretrained(root / "export")
+    batch = tokenizer(["Why?", "Tell me about tea."], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert torch.equal(exported(**batch).logits, kept(**batch).logits)
+    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in exported.state_dict().items())
