@@ -173,7 +173,7 @@ class PreferenceDataModule(L.LightningDataModule):
         if view not in get_args(View):
             raise InputError(f"data.view is {view!r}: choose one of {', '.join(get_args(View))}.")
         if isinstance(source, str):
-            from p3o_lightning.models import load_tokenizer
+            from p3o_lightning.tokenizers import load_tokenizer
 
             source = load_tokenizer(source)
         return Encoder(source, view, self.max_length, self.max_prompt_length, self.chat)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import accepts, learned_positions, positions_of, precise, unwrapped
+from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def sample_completions(
     rows = prompts * count
     device = prompt_tokens.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-    uniforms = torch.rand(rows, sampling.max_completion_length, generator=generator).to(device)
+    uniforms = torch.rand(rows, sampling.max_completion_length, generator=generator, dtype=torch.float32).to(device)
 
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, safe by default, and the one function that scores a response under a policy.
+"""Loading a model, safe by default; checkpoints that describe their own model; LoRA.
 
 A model source is a hub name, a local transformers folder, a GGUF file, a checkpoint of ours, a `PreTrainedModel`, or a
 from-scratch config: a `PretrainedConfig`, or a mapping such as `{model_type: llama, hidden_size: 64, ...}`.
@@ -10,36 +10,32 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import json
 import pickle
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from p3o_lightning.errors import InputError
+from p3o_lightning.forwards import is_adapted, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 ModelSource = dict[str, Any] | str | Path | PreTrainedConfig | PreTrainedModel  # in this order: saved configs write a mapping as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,15 +102,15 @@ def _load(
     if path.suffix == ".gguf":
         from p3o_lightning.gguf_files import load_gguf_model
 
-        model = load_gguf_model(_existing(path), None if dtype == "auto" else DTYPES[dtype])
+        model = load_gguf_model(existing(path), None if dtype == "auto" else DTYPES[dtype])
         return _with_head(model, classifier, trained, repr(str(source)))
     if path.suffix == ".ckpt":
-        return _cast(_with_head(_from_checkpoint(_existing(path)), classifier, trained, repr(str(source))), dtype)
+        return _cast(_with_head(_from_checkpoint(existing(path)), classifier, trained, repr(str(source))), dtype)
     return _from_folder_or_hub(source, dtype, classifier, trained)
 
 
 def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, trained: bool) -> PreTrainedModel:
-    name = _folder_or_hub_name(source, ("config.json",), "model", _SOURCES)
+    name = folder_or_hub_name(source, ("config.json",), "model", _SOURCES)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         if classifier:
@@ -127,7 +123,7 @@ def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, traine
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         shapes = "ignore_mismatched_sizes" in str(error)
-        reason = "its weights have other shapes than its config.json says" if shapes else _one_line(error)
+        reason = "its weights have other shapes than its config.json says" if shapes else one_line(error)
         raise InputError(f"model is {str(source)!r}, which could not be loaded: {reason}. {_SOURCES}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])  # transformers fills them with random numbers
@@ -147,7 +143,7 @@ def _from_config(config: PreTrainedConfig, classifier: bool) -> PreTrainedModel:
     except (ValueError, StrictDataclassError) as error:
         kind = "sequence classifier" if classifier else "causal language model"
         raise InputError(
-            f"model has model_type {config.model_type!r}, of which transformers makes no {kind} ({_one_line(error)[:120]}): choose another."
+            f"model has model_type {config.model_type!r}, of which transformers makes no {kind} ({one_line(error)[:120]}): choose another."
         ) from error
 
 
@@ -177,7 +173,7 @@ def _scratch_config(source: PreTrainedConfig | Mapping[str, Any], tokenizer: Pre
     try:
         config = AutoConfig.for_model(**{"vocab_size": highest_token_id(tokenizer) + 1, **ids, **options, **source})
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"model is {dict(source)!r}, which transformers refuses: {_one_line(error)}.") from error
+        raise InputError(f"model is {dict(source)!r}, which transformers refuses: {one_line(error)}.") from error
     _check_vocabulary(tokenizer, config.get_text_config().vocab_size)
     known = type(config)()  # transformers keeps any other key without a word
     for name in source:
@@ -218,13 +214,13 @@ def is_classifier(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"model is {str(path)!r}: no such file. {_SOURCES}")
     return path
 
 
-def _folder_or_hub_name(source: str | Path, needed: tuple[str, ...], field: str, fix: str) -> str:
+def folder_or_hub_name(source: str | Path, needed: tuple[str, ...], field: str, fix: str) -> str:
     """A local folder that holds one of the files `needed`, or a name to look up on the hub."""
     name = str(source)
     path = Path(name).expanduser()
@@ -241,7 +237,7 @@ def _folder_or_hub_name(source: str | Path, needed: tuple[str, ...], field: str,
     return name
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 240 else f"{text[:240]}...").rstrip(".")
 
@@ -285,7 +281,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:  # torch's message says how to run it nevertheless
         raise InputError(f"{str(path)!r} holds more than tensors and plain values, and loading that could run code: {fix}.") from error
     except Exception as error:  # torch raises many types here; each of them means that the file cannot be used
-        raise InputError(f"{str(path)!r} is a checkpoint that cannot be read ({_one_line(error)}): {fix}.") from error
+        raise InputError(f"{str(path)!r} is a checkpoint that cannot be read ({one_line(error)}): {fix}.") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise InputError(f"{str(path)!r} is not a checkpoint of p3o_lightning: {fix}.")
     return checkpoint
@@ -324,7 +320,7 @@ def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
             peft_config = LoraConfig(**{"target_modules": "all-linear", **peft_config})
         except TypeError as error:
             raise InputError(
-                f"model.peft_config is {dict(peft_config)!r}: {_one_line(error)}; use the fields of peft.LoraConfig."
+                f"model.peft_config is {dict(peft_config)!r}: {one_line(error)}; use the fields of peft.LoraConfig."
             ) from error
     if not isinstance(peft_config, LoraConfig):
         raise InputError(f"model.peft_config is a {type(peft_config).__name__}: give a peft.LoraConfig, or a mapping of its fields.")
@@ -334,17 +330,7 @@ def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:  # no layer has the name given
-        raise InputError(f"model.peft_config does not fit the model: {_one_line(error)}.") from error
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether the model carries PEFT adapters."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+        raise InputError(f"model.peft_config does not fit the model: {one_line(error)}.") from error
 
 
 def _plain_peft_config(model: Any) -> dict[str, Any]:
@@ -363,205 +349,3 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value, default=sorted))  # target_modules is a set
     except TypeError:
         return None
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each submodule's own mode restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def turn_dropout_off(model: nn.Module) -> None:
-    """Make train mode deterministic: dropout modules, float attributes that attention reads, and configs that it reads them from."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        _set_noise_off(module)
-        config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel) and _noisy(config):
-            module.config = copy.deepcopy(config)  # type: ignore[assignment]  # the model's own is exported: it stays
-            _set_noise_off(module.config)
-
-
-def _noisy(item: Any) -> list[str]:
-    """Attributes that are a dropout probability or a router's jitter, under the names that transformers gives them, and above 0."""
-    return [name for name, value in vars(item).items() if isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)]
-
-
-def _set_noise_off(item: Any) -> None:
-    for name in _noisy(item):
-        setattr(item, name, 0.0)
-
-
-# ------------------------------------------------------------------------------------------------ tokenizers
-
-
-def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer with an EOS and a padding token: an object, a folder, a hub name, a GGUF file, a .ckpt of ours, or "bytes".
-
-    A missing padding token becomes the EOS token: that is harmless here, since padding is told by masks, never by id.
-    """
-    if isinstance(source, PreTrainedTokenizerBase):
-        tokenizer, name = source, source.name_or_path
-    else:
-        path, name = Path(source).expanduser(), str(source)
-        if name == "bytes":
-            tokenizer = byte_tokenizer()
-        elif path.suffix == ".gguf":
-            from p3o_lightning.gguf_files import load_gguf_tokenizer
-
-            tokenizer = load_gguf_tokenizer(_existing(path))
-        elif path.suffix == ".ckpt":
-            tokenizer = _tokenizer_from_checkpoint(_existing(path))
-        else:
-            tokenizer = _tokenizer_from_folder_or_hub(name)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer {name!r} has no EOS token, so no response could end: set tokenizer.eos_token.")
-    if tokenizer.pad_token_id is None:
-        tokenizer = copy.deepcopy(tokenizer)  # a user's own object stays as it is
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _tokenizer_from_folder_or_hub(source: str) -> PreTrainedTokenizerBase:
-    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    name = _folder_or_hub_name(source, files, "tokenizer", "Save a tokenizer there, or give another: a folder, a hub name, or 'bytes'.")
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions; each means that the tokenizer cannot be used
-        raise InputError(
-            f"tokenizer is {source!r}, which could not be loaded: {_one_line(error)}. Give a folder with tokenizer.json, or a hub name."
-        ) from error
-
-
-def _tokenizer_from_checkpoint(path: Path) -> PreTrainedTokenizerBase:
-    files = read_checkpoint(path)[CHECKPOINT_KEY]["tokenizer"]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            file = Path(folder) / Path(name).name
-            file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, 256 of them, then <bos>, <eos>, <pad>, which no text can spell: any text, no download. For debug runs and tests."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
-
-
-def tokenizer_source(model: ModelSource) -> str | Path:
-    """Where the tokenizer of a model source lies; an InputError where the source names none."""
-    if isinstance(model, str | Path):
-        return model
-    name = model.config.name_or_path if isinstance(model, PreTrainedModel) else None
-    if name:
-        return name
-    raise InputError(
-        "model.tokenizer is missing, and the model was given as an object or a config: "
-        "pass tokenizer=, e.g. a folder, a hub name or 'bytes'."
-    )
-
-
-def distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose padding id differs from EOS, for models that transformers pools by `input_ids != pad_token_id`."""
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------ forwards
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward takes this argument (families differ on position_ids and logits_to_keep)."""
-    return argument in inspect.signature(unwrapped(model).forward).parameters
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions the model can read if it has a learned embedding of each (GPT-2, OPT); None where they are computed."""
-    base = unwrapped(model)
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit is None:
-        return None
-    tokens = base.get_input_embeddings()
-    tables = [table.num_embeddings for table in base.modules() if isinstance(table, nn.Embedding) and table is not tokens]
-    return limit if any(limit <= rows <= limit + 2 for rows in tables) else None  # OPT's has two more rows
-
-
-def positions_of(mask: Bool[Tensor, "row token"]) -> Int[Tensor, "row token"]:
-    """Positions that count real tokens only, so that left padding does not move a prompt."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def completion_logps(
-    model: Any,
-    prompt_tokens: Int[Tensor, "prompt prompt_token"],
-    prompt_mask: Bool[Tensor, "prompt prompt_token"],
-    completion_tokens: Int[Tensor, "prompt response token"],
-    completion_mask: Bool[Tensor, "prompt response token"],
-    temperature: float = 1.0,
-) -> Float[Tensor, "prompt response token"]:
-    """Log-probability, in nats, of every completion token under the model at `temperature`; 0 outside the mask.
-
-    In float32, or in the logits' own precision if that is higher.
-
-    Logits are computed on the completion's positions only. Carries gradient if the model does.
-    """
-    prompts, responses, length = completion_tokens.shape
-    tokens = torch.cat([prompt_tokens.repeat_interleave(responses, 0), completion_tokens.flatten(0, 1)], 1)
-    mask = torch.cat([prompt_mask.repeat_interleave(responses, 0), completion_mask.flatten(0, 1)], 1)
-    options: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": False}
-    if accepts(model, "position_ids"):
-        options["position_ids"] = positions_of(mask)
-    if accepts(model, "logits_to_keep"):
-        options["logits_to_keep"] = length + 1
-    logits = model(input_ids=tokens, **options).logits[:, -length - 1 : -1]
-    logits = precise(logits) / temperature
-    chosen = logits.gather(-1, completion_tokens.flatten(0, 1).unsqueeze(-1)).squeeze(-1)
-    logps = (chosen - logits.logsumexp(-1)).view(prompts, responses, length)
-    return logps.masked_fill(~completion_mask, 0.0)
-
-
-def precise(values: Tensor) -> Tensor:
-    """In float32 at least: half precision cannot tell two log-probabilities, or two rewards, of like size apart."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def sequence_scores(model: nn.Module, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
-    """Scalar scores of right-padded sequences, in float32 at least, pooled at the explicit index of the last real token.
-
-    transformers pools at the last id that differs from the padding id, which skips a final EOS where pad == EOS.
-    """
-    base = unwrapped(model)
-    if not hasattr(base, "score"):  # encoder families (BERT) pool in their own way, not by a padding id
-        return precise(model(input_ids=tokens, attention_mask=attention_mask.long()).logits.squeeze(-1))
-    backbone = getattr(base, base.base_model_prefix)
-    hidden = backbone(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
-    last = attention_mask.sum(-1) - 1
-    pooled = precise(hidden[torch.arange(len(last), device=last.device), last])
-    with torch.autocast(pooled.device.type, enabled=False):  # a reward's last digits decide ties: the head runs in float32
-        bias = getattr(base.score, "bias", None)
-        return nn.functional.linear(pooled, base.score.weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)).squeeze(-1)

@@ -22,17 +22,9 @@ from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
+from p3o_lightning.forwards import completion_logps, eval_mode, is_adapted, turn_dropout_off
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions
-from p3o_lightning.models import (
-    CHECKPOINT_KEY,
-    ModelSource,
-    completion_logps,
-    eval_mode,
-    is_adapted,
-    load_policy,
-    read_checkpoint,
-    turn_dropout_off,
-)
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.rewards import Responses, RewardInput, reward_sources
 from p3o_lightning.seeds import mix

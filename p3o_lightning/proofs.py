@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import unwrapped
+from p3o_lightning.forwards import unwrapped
 from p3o_lightning.rewards import FunctionReward, ModelReward, Responses
 
 SWITCH_OFF = "If it is meant so, set model.start_up_proofs to false."

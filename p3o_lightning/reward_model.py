@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PairBatch
 from p3o_lightning.errors import InputError
+from p3o_lightning.forwards import sequence_scores
 from p3o_lightning.metrics import PairReport
-from p3o_lightning.models import ModelSource, distinct_pad_token, load_reward_backbone, sequence_scores
+from p3o_lightning.models import ModelSource, load_reward_backbone
 from p3o_lightning.objectives import bradley_terry_loss
 from p3o_lightning.stage import Stage
+from p3o_lightning.tokenizers import distinct_pad_token
 
 
 class RewardModel(Stage):

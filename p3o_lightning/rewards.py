@@ -28,15 +28,10 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.data_formats import Row, Text, Unusable
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import (
-    eval_mode,
-    highest_token_id,
-    is_adapted,
-    load_reward_backbone,
-    load_tokenizer,
-    sequence_scores,
-)
+from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores
+from p3o_lightning.models import highest_token_id, load_reward_backbone
 from p3o_lightning.sequences import pad_right
+from p3o_lightning.tokenizers import load_tokenizer
 
 RewardFunction = Callable[..., Any]
 RewardInput = str | Path | RewardFunction | nn.Module

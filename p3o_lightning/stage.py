@@ -18,17 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import (
-    CHECKPOINT_KEY,
-    ModelSource,
-    attach_adapter,
-    config_of,
-    describe,
-    is_adapted,
-    load_tokenizer,
-    read_checkpoint,
-    tokenizer_source,
-)
+from p3o_lightning.forwards import is_adapted
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, read_checkpoint
+from p3o_lightning.tokenizers import load_tokenizer, tokenizer_source
 
 
 class Stage(L.LightningModule):

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PromptBatch
+from p3o_lightning.forwards import accepts, eval_mode
 from p3o_lightning.generation import Sampling, prediction_rows, sample_completions
-from p3o_lightning.models import ModelSource, accepts, eval_mode, load_policy
+from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.seeds import mix
 from p3o_lightning.stage import Stage
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from p3o_lightning import PairwisePolicy, RewardModel, SupervisedPolicy
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.commands.demo_task import write_task
-from p3o_lightning.models import byte_tokenizer, load_policy
+from p3o_lightning.models import load_policy
 from p3o_lightning.seeds import mix
+from p3o_lightning.tokenizers import byte_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -35,7 +35,7 @@ def test_choices_are_noisy_but_follow_the_gold() -> None:
 
 
 def test_every_word_of_the_task_is_one_token(tmp_path: Path) -> None:
-    from p3o_lightning.models import load_tokenizer
+    from p3o_lightning.tokenizers import load_tokenizer
 
     demo_task.write_task(tmp_path, 0, demonstrations=50, pairs=50)
     tokenizer = load_tokenizer(tmp_path / "tokenizer")

@@ -118,7 +118,7 @@ class Failing(PairwisePolicy):
     ("owner", "piece"), [(Drifting, "start-up proof: before the first update"), (Diverging, "not finite"), (Failing, "no kernel for this")]
 )
 def test_a_broken_proof_is_a_problem(p3o, monkeypatch, owner, piece):
-    monkeypatch.setattr("p3o_lightning.PairwisePolicy", owner, raising=False)
+    monkeypatch.setattr("p3o_lightning.policy.PairwisePolicy", owner)
     report = doctor.Report()
     doctor.check_proofs(report, doctor.tiny_policy())
     found = [line for line in lines(p3o.capsys) if line.startswith("problem")]

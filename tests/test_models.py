@@ -50,22 +50,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 from p3o_lightning import PairwisePolicy, RewardModel, SupervisedPolicy
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import (
-    attach_adapter,
-    byte_tokenizer,
-    completion_logps,
-    describe,
-    distinct_pad_token,
-    eval_mode,
-    load_policy,
-    load_reward_backbone,
-    load_tokenizer,
-    read_checkpoint,
-    sequence_scores,
-    tokenizer_source,
-    turn_dropout_off,
-    unwrapped,
-)
+from p3o_lightning.forwards import completion_logps, eval_mode, sequence_scores, turn_dropout_off, unwrapped
+from p3o_lightning.models import attach_adapter, describe, load_policy, load_reward_backbone, read_checkpoint
+from p3o_lightning.tokenizers import byte_tokenizer, distinct_pad_token, load_tokenizer, tokenizer_source
 
 TINY = {
     "model_type": "llama",

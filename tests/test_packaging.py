@@ -45,7 +45,7 @@ LAYERS = [
         "loaders",
         "metrics",
     },
-    {"stage", "models", "gguf_files", "sharding"},
+    {"stage", "models", "tokenizers", "forwards", "gguf_files", "sharding"},
     {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped"},
 ]
 CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors"}

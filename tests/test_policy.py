@@ -20,7 +20,7 @@ from p3o_lightning import InputError, PairwisePolicy, SupervisedPolicy
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
-from p3o_lightning.models import completion_logps
+from p3o_lightning.forwards import completion_logps
 from p3o_lightning.policy import adapted_kl_coef, fingerprint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_every_path_in_the_tree_and_in_links_exists() -> None:
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    assert set(re.findall(r"\bmake ([a-z0-9-]+)", README)) <= targets
+    assert set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.M)) <= targets
 
 
 def test_configs_in_commands_exist() -> None:
@@ -46,6 +47,6 @@ def test_configs_in_commands_exist() -> None:
     for command in commands:
         words = shlex.split(command, comments=True)
         assert words[1] in ("fit", "validate", "test", "predict", "demo", "doctor"), command
-        for flag, value in zip(words, words[1:], strict=False):
+        for flag, value in pairwise(words):
             if flag == "--config" and value.startswith("configs/"):
                 assert (ROOT / value).is_file(), command

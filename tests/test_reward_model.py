@@ -27,8 +27,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from p3o_lightning import RewardModel
 from p3o_lightning.batches import PairBatch
 from p3o_lightning.encoding import Encoded, collate_pairs
-from p3o_lightning.models import eval_mode, is_adapted, load_policy, load_tokenizer, sequence_scores, unwrapped
+from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores, unwrapped
+from p3o_lightning.models import load_policy
 from p3o_lightning.objectives import bradley_terry_loss
+from p3o_lightning.tokenizers import load_tokenizer
 
 WORDS = ["good", "bad", *(f"w{i}" for i in range(8))]
 

@@ -53,10 +53,12 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.data_formats import Row
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.errors import InputError
+from p3o_lightning.forwards import sequence_scores
 from p3o_lightning.generation import decode_completions
-from p3o_lightning.models import byte_tokenizer, distinct_pad_token, load_policy, load_reward_backbone, sequence_scores
+from p3o_lightning.models import load_policy, load_reward_backbone
 from p3o_lightning.rewards import FunctionReward, ModelReward, Responses, reward_sources, same_tokenizer, share_of_letter_e
 from p3o_lightning.sequences import pad_left, pad_right
+from p3o_lightning.tokenizers import byte_tokenizer, distinct_pad_token
 
 PROMPTS = ["Say hi: ", "Q", "What is it?\n\nA:"]
 TEXTS = [["hi", "hello there"], ["é", ""], ["a b", "cut of"]]

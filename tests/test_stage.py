@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from p3o_lightning import InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy
 from p3o_lightning.callbacks import LastCheckpoint
-from p3o_lightning.models import is_adapted, sequence_scores
+from p3o_lightning.forwards import is_adapted, sequence_scores
 
 IDS = torch.tensor([[0, 1, 2, 8], [3, 4, 5, 6]])
 LORA = {"r": 2, "lora_alpha": 8}

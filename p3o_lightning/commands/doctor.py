@@ -171,7 +171,7 @@ def _memory() -> tuple[int, int] | None:
 
 def tiny_policy(**settings: Any) -> Any:
     """A policy of a few thousand weights, with a Python reward: what the proofs are made on."""
-    from p3o_lightning import PairwisePolicy
+    from p3o_lightning.policy import PairwisePolicy
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = {"model_type": "llama", "max_position_embeddings": 512, **shape}
@@ -189,8 +189,8 @@ def check_proofs(report: Report, policy: Any = None) -> None:
         import lightning.pytorch as L
         import torch
 
-        from p3o_lightning import PreferenceDataModule
         from p3o_lightning.commands.terminal import quiet_libraries
+        from p3o_lightning.data import PreferenceDataModule
         from p3o_lightning.policy import fingerprint
         from p3o_lightning.shipped import shipped
 

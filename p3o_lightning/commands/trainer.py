@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -411,7 +410,6 @@ def rehearse(arguments: list[str]) -> StageCLI:
 def main(arguments: list[str], run: type[StageCLI] = StageCLI) -> StageCLI:
     """Run `p3o fit|validate|test|predict ...`; returns the command with its trainer, model and data."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_float32_matmul_precision("high")
     quiet_libraries()
     given = class_help(arguments)
     if len(given) == 1:

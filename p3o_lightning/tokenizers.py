@@ -1,0 +1,102 @@
+"""Loading a tokenizer: from a folder, a hub name, a GGUF file, a checkpoint of ours, or one token a byte."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from p3o_lightning.errors import InputError
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, existing, folder_or_hub_name, one_line, read_checkpoint
+
+
+def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer with an EOS and a padding token: an object, a folder, a hub name, a GGUF file, a .ckpt of ours, or "bytes".
+
+    A missing padding token becomes the EOS token: that is harmless here, since padding is told by masks, never by id.
+    """
+    if isinstance(source, PreTrainedTokenizerBase):
+        tokenizer, name = source, source.name_or_path
+    else:
+        path, name = Path(source).expanduser(), str(source)
+        if name == "bytes":
+            tokenizer = byte_tokenizer()
+        elif path.suffix == ".gguf":
+            from p3o_lightning.gguf_files import load_gguf_tokenizer
+
+            tokenizer = load_gguf_tokenizer(existing(path))
+        elif path.suffix == ".ckpt":
+            tokenizer = _tokenizer_from_checkpoint(existing(path))
+        else:
+            tokenizer = _tokenizer_from_folder_or_hub(name)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"tokenizer {name!r} has no EOS token, so no response could end: set tokenizer.eos_token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)  # a user's own object stays as it is
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _tokenizer_from_folder_or_hub(source: str) -> PreTrainedTokenizerBase:
+    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    name = folder_or_hub_name(source, files, "tokenizer", "Save a tokenizer there, or give another: a folder, a hub name, or 'bytes'.")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions; each means that the tokenizer cannot be used
+        raise InputError(
+            f"tokenizer is {source!r}, which could not be loaded: {one_line(error)}. Give a folder with tokenizer.json, or a hub name."
+        ) from error
+
+
+def _tokenizer_from_checkpoint(path: Path) -> PreTrainedTokenizerBase:
+    files = read_checkpoint(path)[CHECKPOINT_KEY]["tokenizer"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            file = Path(folder) / Path(name).name
+            file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, 256 of them, then <bos>, <eos>, <pad>, which no text can spell: any text, no download. For debug runs and tests."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def tokenizer_source(model: ModelSource) -> str | Path:
+    """Where the tokenizer of a model source lies; an InputError where the source names none."""
+    if isinstance(model, str | Path):
+        return model
+    name = model.config.name_or_path if isinstance(model, PreTrainedModel) else None
+    if name:
+        return name
+    raise InputError(
+        "model.tokenizer is missing, and the model was given as an object or a config: "
+        "pass tokenizer=, e.g. a folder, a hub name or 'bytes'."
+    )
+
+
+def distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy whose padding id differs from EOS, for models that transformers pools by `input_ids != pad_token_id`."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
