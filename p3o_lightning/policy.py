@@ -366,7 +366,7 @@ class PairwisePolicy(Stage):
     # ---- evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/kl`, `val/length`, `val/ended`."""
+        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/scores_std`, `val/kl`, `val/length`, `val/ended`."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -384,6 +384,7 @@ class PairwisePolicy(Stage):
         }
         if experience.scores is not None:
             figures[f"{stage}/scores"] = experience.scores.mean()
+            figures[f"{stage}/scores_std"] = experience.scores.std()  # within the batch: the scale to read a rise on
         self.log_dict(figures, batch_size=len(batch.tokens), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
