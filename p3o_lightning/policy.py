@@ -366,7 +366,7 @@ class PairwisePolicy(Stage):
     # ---- evaluation
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/scores_std`, `val/kl`, `val/length`, `val/ended`."""
+        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/scores_std`, `val/kl`, `val/length`, ..."""
         self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
