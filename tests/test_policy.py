@@ -446,12 +446,15 @@ def test_an_overridden_rollout_step_is_used(tmp_path):
 # ---- validation, test, predict, figures
 
 
+FIGURES = {"val/scores", "val/scores_std", "val/kl", "val/length", "val/ended"}
+
+
 def test_validation_and_test_sample_the_same_every_time(tmp_path):
     module = policy()
     run = trainer(tmp_path)
     (one,) = run.validate(module, prompts(5), verbose=False)
     (two,) = run.validate(module, prompts(5), verbose=False)
-    assert one == two and set(one) == {"val/scores", "val/kl", "val/length", "val/ended"} and one["val/kl"] == 0
+    assert one == two and set(one) == FIGURES and one["val/kl"] == 0
     (tested,) = run.test(module, prompts(5), verbose=False)
     assert tested["test/scores"] == one["val/scores"]
 
