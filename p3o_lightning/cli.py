@@ -5,9 +5,13 @@ Nothing heavy is imported before it is needed, so that `p3o --help` is instant.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
+
+from p3o_lightning.errors import InputError
 
 HELP = """\
 usage: p3o COMMAND [options]
@@ -50,7 +54,6 @@ def main(arguments: list[str] | None = None) -> None:
     command = arguments[0]
     if command not in (*COMMANDS, *TRAINER_COMMANDS):
         fail(f"{command!r} is no command: choose one of {', '.join((*TRAINER_COMMANDS, *COMMANDS))} (p3o --help).")
-    from p3o_lightning.errors import InputError
 
     try:
         if command in COMMANDS:
@@ -64,7 +67,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def fail(message: str) -> None:
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, whose errors take one line like all of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2 by way of `main`."""
+        raise InputError(f"{self.prog.removeprefix('p3o ')}: {message} ({self.prog} --help).")
+
+
+def fail(message: str) -> NoReturn:
     """One line on standard error, exit status 2."""
     print(f"p3o: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

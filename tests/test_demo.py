@@ -70,3 +70,11 @@ def test_the_demo_finds_the_right_answer(seed: int, tmp_path: Path, monkeypatch:
     assert summary["seed"] == seed
     for stage in ("sft", "reward", "policy"):
         assert (tmp_path / "demo" / stage / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("flag", "said"), [(["--seed", "abc"], "--seed"), (["--sed", "1"], "--sed"), (["--out", __file__], "--out")])
+def test_bad_arguments_take_one_line(flag: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *flag])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.count("\n") == 1 and said in printed

@@ -6,7 +6,6 @@ held-out prompts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from p3o_lightning.cli import OneLineParser
 from p3o_lightning.commands.demo_task import gold_score, write_task
 from p3o_lightning.data import PreferenceDataModule
 from p3o_lightning.errors import InputError
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Run the three stages and print the table."""
-    parser = argparse.ArgumentParser(prog="p3o demo", description="The whole pipeline on a tiny generated task; no download.")
+    parser = OneLineParser(prog="p3o demo", allow_abbrev=False, description="The whole pipeline on a tiny generated task; no download.")
     parser.add_argument("--out", default="runs/demo", help="output folder (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="of the task, the models and the rollouts (default: 0)")
     given = parser.parse_args(arguments)

@@ -5,7 +5,6 @@ Each line says ok, note or problem; a problem comes with its fix. Nothing heavy 
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -14,8 +13,9 @@ import tempfile
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from p3o_lightning.cli import OneLineParser
 from p3o_lightning.errors import InputError
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "tensorboard", "jsonargparse", "safetensors")
@@ -39,13 +39,6 @@ class Report:
     def problem(self, line: str) -> None:
         self.problems += 1
         print(f"problem  {' '.join(line.split())}", flush=True)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, whose errors take one line like all of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog.removeprefix('p3o ')}: {message} ({self.prog} --help).")
 
 
 def main(arguments: list[str]) -> None:
