@@ -41,6 +41,16 @@ class Report:
         print(f"problem  {' '.join(line.split())}", flush=True)
 
 
+class Problems(Report):
+    """Says only what is wrong."""
+
+    def ok(self, line: str) -> None:
+        """Nothing."""
+
+    def note(self, line: str) -> None:
+        """Nothing."""
+
+
 def main(arguments: list[str]) -> None:
     """Print the report; exit 2 if there is a problem."""
     parser = OneLineParser(
@@ -48,8 +58,17 @@ def main(arguments: list[str]) -> None:
         allow_abbrev=False,
         description="Report the environment, prove on a tiny model that training starts as it should, and find what would stop a config.",
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="build it up to its first batch; several overlay")
+    wanted = parser.add_mutually_exclusive_group()
+    wanted.add_argument("--config", action="append", default=[], metavar="FILE", help="build it up to its first batch; several overlay")
+    plan = "only print how much memory its run will take; several overlay"
+    wanted.add_argument("--plan", action="append", default=[], metavar="FILE", help=plan)
     given = parser.parse_args(arguments)
+    if given.plan:
+        if check_packages(problems := Problems(), _version):
+            import_module("p3o_lightning.commands.plan").show(given.plan)
+        if problems.problems:
+            sys.exit(2)
+        return
     report = Report()
     report.ok(f"python {platform.python_version()} on {platform.platform(terse=True)}")
     if check_packages(report, _version):  # else importing them may fail, or do harm

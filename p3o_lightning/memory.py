@@ -1,0 +1,336 @@
+"""How much memory a run takes, by arithmetic: each part in bytes a process, and the peak of each phase.
+
+Symbols: P parameters, T trained ones, L layers, h hidden, i intermediate, a heads x head size, V vocabulary;
+         w bytes a weight, v bytes a trained weight, c bytes a value that a linear layer gives (w, or 2 under autocast);
+         rows = prompts x responses, p prompt tokens, n completion tokens, t = p + n, N processes.
+Units:   bytes, on one process. Host means the memory of the CPU, which on a CPU run is the same.
+
+Activations are those of a Llama block without gradient checkpointing, listed by what autograd keeps (tests/test_memory.py counts it).
+Not counted: the CUDA context and NCCL (1 to 2 GiB a GPU), fragmentation, data loaders, Python itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+# Float32 copies of the logits at the peak of a backward, the saved one included; measured on a CPU with torch.profiler.
+COPIES = {"policy": 4, "supervised": 3}  # of gather and logsumexp; of cross_entropy
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of one model.
+
+    Args:
+        parameters: P, adapters included; tied weights once.
+        trained: T.
+        weights: bytes of all parameters.
+        trained_weights: bytes of those that train.
+        layers: L, the repeated blocks.
+        block: bytes of the weights of one of them.
+        hidden: h.
+        intermediate: i, of the gated MLP.
+        attention: a, heads x head size.
+        heads: of the queries.
+        key_value: key-value heads x head size.
+        vocabulary: V; 0 for a model with a scalar head.
+        weight_bytes: w.
+        rank: of LoRA adapters on all linear layers; 0 trains the weights themselves.
+        adapter_bytes: v, of the adapters.
+        eager: attention that keeps its weights, t of them a head and token; else PyTorch's fused one, which does not.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    trained_weights: int
+    layers: int
+    block: int
+    hidden: int
+    intermediate: int
+    attention: int
+    heads: int
+    key_value: int
+    vocabulary: int
+    weight_bytes: int = 4
+    rank: int = 0
+    adapter_bytes: int = 4
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does.
+
+    Args:
+        prompts: of one rollout; rows of a batch in supervised fine-tuning, pairs for a reward model.
+        micro_batch: prompts in one forward and backward.
+        responses: K, a prompt; 2 for pairs, 1 for demonstrations.
+        prompt_tokens: p, at most.
+        completion_tokens: n, at most.
+        processes: N.
+        split: weights, gradients and optimizer state are shared out (fsdp2); else every process holds all (ddp).
+        autocast: linear layers run in half precision over float32 weights (trainer.precision 16-mixed, bf16-mixed).
+        moments: values that the optimizer keeps for each trained weight; AdamW keeps 2.
+    """
+
+    prompts: int
+    micro_batch: int
+    responses: int
+    prompt_tokens: int
+    completion_tokens: int
+    processes: int = 1
+    split: bool = False
+    autocast: bool = False
+    moments: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one forward and backward."""
+        return self.micro_batch * self.responses
+
+    @property
+    def tokens(self) -> int:
+        """t, of one sequence."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+def llama(
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    vocabulary: int,
+    tied: bool = False,
+    weight_bytes: int = 4,
+    rank: int = 0,
+    scalar: bool = False,
+) -> Model:
+    """The sizes of a Llama by its shape.
+
+    A block has h (a + 2 kv) + a h + 3 h i + 2 h weights; beside the blocks stand V h embeddings, a head of as many unless it is tied, and
+    h of the last norm. LoRA of rank r adds r (in + out) to each of the seven linear layers of a block, in float32. `scalar` puts a head of
+    h weights in the place of the vocabulary's.
+    """
+    size = hidden // heads
+    key_value = key_value_heads * size
+    linear = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden)]
+    linear += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
+    plain = sum(one * other for one, other in linear) + 2 * hidden
+    adapter = rank * sum(one + other for one, other in linear)
+    head = hidden if scalar else 0 if tied else vocabulary * hidden
+    base = layers * plain + vocabulary * hidden + head + hidden
+    weights = base * weight_bytes + layers * adapter * 4
+    return Model(
+        parameters=base + layers * adapter,
+        trained=layers * adapter if rank else base,
+        weights=weights,
+        trained_weights=layers * adapter * 4 if rank else weights,
+        layers=layers,
+        block=plain * weight_bytes + adapter * 4,
+        hidden=hidden,
+        intermediate=intermediate,
+        attention=hidden,
+        heads=heads,
+        key_value=key_value,
+        vocabulary=0 if scalar else vocabulary,
+        weight_bytes=weight_bytes,
+        rank=rank,
+    )
+
+
+# ---- parts
+
+
+def cache_bytes(model: Model, rows: int, tokens: int) -> int:
+    """Keys and values of what was read: 2 L (key-value heads x head size) w, a row and token."""
+    return 2 * model.layers * model.key_value * model.weight_bytes * rows * tokens
+
+
+def computed_in(model: Model, work: Work) -> int:
+    """c: bytes of a value that a linear layer gives."""
+    return 2 if work.autocast else model.weight_bytes
+
+
+def block_bytes(model: Model, work: Work) -> int:
+    """What autograd keeps of one block, a token of a sequence of t.
+
+    Two norms keep 4 h each, their input in float32, and 4 of its inverse deviation. Attention keeps queries, keys, values (repeated to all
+    heads) and its output, 4 c a; the fused one 4 a head and c t of the mask, the eager one t weights a head, in float32 and in c. The MLP
+    keeps its gate before and after the nonlinearity, and what it multiplies, 3 c i. What else is kept are the inputs of what trains:
+
+    all weights  2 h of the norms' gains, 2 h of the projections behind them, i of the last one, each in c (gains: in 4 under autocast,
+                 which also copies the input of each of the five projections)
+    adapters     the input of each of the seven in the adapters' dtype: 2 h + i where that is also the model's, since the input is then
+                 shared, else 5 h + a + i; and 7 ranks
+    """
+    c, h, i, a, heads, t = computed_in(model, work), model.hidden, model.intermediate, model.attention, model.heads, work.tokens
+    attention = 4 * c * a + (heads * t * (4 + (c if c < 4 else 0)) if model.eager else 4 * heads + c * t)
+    kept = 2 * (4 * h + 4) + attention + 3 * c * i
+    if not model.rank:
+        return kept + (2 * 4 * h + 5 * c * h + c * i if work.autocast else 4 * c * h + c * i)
+    v = c if work.autocast else model.adapter_bytes
+    copied = work.autocast or model.adapter_bytes != model.weight_bytes
+    return kept + (v * (5 * h + a + i) if copied else v * (2 * h + i)) + 7 * model.rank * v
+
+
+def activation_bytes(model: Model, work: Work) -> int:
+    """What autograd keeps of one micro-batch: rows x t x L x block, the last norm and the head's input, and one float32 logit a token
+    of the vocabulary on completion positions (those that `logsumexp` and `gather` read).
+    """
+    c, h = computed_in(model, work), model.hidden
+    end = 4 * h + 4 + (0 if model.rank else (4 if work.autocast else c) * h)
+    head = work.rows * (work.completion_tokens + 1) * c * h if model.vocabulary and not model.rank else 0
+    return work.rows * work.tokens * (model.layers * block_bytes(model, work) + end) + head + logit_bytes(model, work)
+
+
+def logit_bytes(model: Model, work: Work) -> int:
+    """The logits of the completions in float32: 4 rows n V."""
+    return 4 * work.rows * work.completion_tokens * model.vocabulary
+
+
+def forward_bytes(model: Model, work: Work, rows: int, tokens: int, scored: int) -> int:
+    """The peak of a forward without gradients: a block's MLP, c (4 i + 2 h) a token (adapters: their inputs too), or the logits of `scored`
+    positions a row as given, in float32 and divided by the temperature, whichever is larger.
+    """
+    c, h, i = computed_in(model, work), model.hidden, model.intermediate
+    block = c * (4 * i + 2 * h)
+    if model.rank:
+        block += model.adapter_bytes * i * (1 if model.adapter_bytes == model.weight_bytes else 3)
+    if model.eager:
+        block = max(block, 2 * 4 * model.heads * tokens)
+    return max(rows * tokens * block, rows * scored * model.vocabulary * (8 + (c if c < 4 else 0)))
+
+
+def drawing_bytes(model: Model, work: Work, rows: int) -> int:
+    """Drawing one token a row: logits in c and in float32, weights in float32, their cumulative sum in float64: rows V (c + 16)."""
+    return rows * model.vocabulary * (computed_in(model, work) + 16)
+
+
+def experience_bytes(work: Work) -> int:
+    """One rollout on the host: prompts (9 p + K (17 n + 4)).
+
+    Ids are int64, masks bytes, and float32 two log-probabilities a token and a score a response.
+    """
+    return work.prompts * (9 * work.prompt_tokens + work.responses * (17 * work.completion_tokens + 4))
+
+
+def checkpoint_bytes(model: Model, work: Work) -> int:
+    """On disk: all weights, adapters or not, the optimizer's state, and the pending experience of every process."""
+    return model.weights + work.moments * model.trained_weights + work.processes * experience_bytes(work)
+
+
+# ---- a run
+
+Phase = Literal["sampling", "scoring", "backward", "step"]
+PHASES: tuple[Phase, ...] = ("sampling", "scoring", "backward", "step")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What takes memory, the formula in words, bytes, and in which phases."""
+
+    name: str
+    formula: str
+    size: int
+    phases: tuple[Phase, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The parts of a run on one process, and what it leaves on the host and on disk."""
+
+    parts: list[Part]
+    host: int
+    checkpoint: int
+    phases: dict[Phase, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        used = [phase for phase in PHASES if any(part.phases == (phase,) for part in self.parts)]
+        object.__setattr__(self, "phases", {phase: sum(part.size for part in self.parts if phase in part.phases) for phase in used})
+
+    @property
+    def peak(self) -> int:
+        """Of the phase that needs most: the phases follow each other."""
+        return max(self.phases.values())
+
+    def size(self, name: str) -> int:
+        """Of one part; 0 where the run has none of it."""
+        return sum(part.size for part in self.parts if part.name == name)
+
+
+def training_parts(model: Model, work: Work, copies: int = 0) -> list[Part]:
+    """What every stage has: weights, gradients, optimizer, and what a backward keeps. Under fsdp2 shares of 1/N of the first three.
+
+    Gradients are counted in full beside all activations, which is exact where they accumulate, and else a little too much. `copies` of
+    the logits are alive at the peak.
+    """
+    split = work.processes if work.split else 1
+    share = "" if split == 1 else f" / {split} processes"
+    trains: tuple[Phase, ...] = ("backward", "step")
+    parts = [
+        Part("policy", f"parameters x bytes{share}", model.weights // split),
+        Part("optimizer", f"{work.moments} x trained weights{share}", work.moments * model.trained_weights // split),
+        Part("gradients", f"trained weights{share}", model.trained_weights // split, trains),
+        Part(
+            "activations", "rows x tokens x what each layer keeps", activation_bytes(model, work) - logit_bytes(model, work), ("backward",)
+        ),
+        Part("update", "a copy of the trained weights, in the optimizer's step", model.trained_weights // split, ("step",)),
+    ]
+    if model.vocabulary:
+        formula = f"{copies} x rows x completion tokens x vocabulary, float32"
+        parts.append(Part("logits", formula, copies * logit_bytes(model, work), ("backward",)))
+    if work.autocast:
+        parts.append(Part("half-precision copies", "2 x parameters (autocast)", 2 * model.parameters, ("backward",)))
+    if work.processes > 1 and not work.split:
+        parts.append(Part("buckets", "trained weights (DDP)", model.trained_weights, trains))
+    if work.split:
+        rest = model.weights - model.layers * model.block
+        parts.append(Part("gathered layers", "embeddings and head, two layers, their gradients", 2 * rest + 3 * model.block, ("backward",)))
+    return parts
+
+
+def supervised(model: Model, work: Work) -> Estimate:
+    """Supervised fine-tuning. Logits are made at every position, prompt included: `work.completion_tokens` is the whole row."""
+    return Estimate(training_parts(model, work, COPIES["supervised"]), 0, checkpoint_bytes(model, replace(work, prompts=0)))
+
+
+def reward(model: Model, work: Work) -> Estimate:
+    """A reward model: two rows a pair, a scalar head."""
+    return Estimate(training_parts(model, work), 0, checkpoint_bytes(model, replace(work, prompts=0)))
+
+
+def policy(model: Model, work: Work, *, reference: Model | None, rewards: list[Model], reward_rows: int) -> Estimate:
+    """P3O. `reference` None: the policy with its adapter switched off, which takes nothing; `reward_rows` are scored at once.
+
+    Under fsdp2 a process holds the whole policy while it samples and scores, so that `generate` needs no collective.
+    """
+    split = work.processes if work.split else 1
+    share = "" if split == 1 else f" / {split} processes"
+    rollout: tuple[Phase, ...] = ("sampling", "scoring")
+    rows = work.prompts * work.responses
+    parts = training_parts(model, work, COPIES["policy"])
+    parts.append(
+        Part("reference", "the policy without its adapter: nothing", 0)
+        if reference is None
+        else Part("reference", f"parameters x bytes{share}", reference.weights // split)
+    )
+    if rewards:
+        parts.append(Part("reward", f"parameters x bytes{share}", sum(item.weights for item in rewards) // split))
+    if work.split:
+        parts.append(Part("gathered policy", "parameters x bytes, whole on every process", model.weights, rollout))
+    read = work.tokens - 1  # the last token drawn is not read
+    parts.append(
+        Part("key-value cache", "2 x layers x key-value size x bytes x rows x tokens", cache_bytes(model, rows, read), ("sampling",))
+    )
+    sampled = max(drawing_bytes(model, work, rows), forward_bytes(model, work, work.prompts, work.prompt_tokens, 1))
+    parts.append(Part("drawing", "logits of a token a row, or a layer of the prompts", sampled, ("sampling",)))
+    each = [(model, work.rows, work.completion_tokens), *((item, min(reward_rows, rows), 0) for item in rewards)]
+    if reference is not None:
+        each.append((reference, work.rows, work.completion_tokens))
+    scored = max(forward_bytes(item, work, count, work.tokens, positions) for item, count, positions in each)
+    parts.append(Part("scoring", "logits of a micro-batch, or one layer of it", scored, ("scoring",)))
+    return Estimate(parts, experience_bytes(work), checkpoint_bytes(model, work))
