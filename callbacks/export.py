@@ -31,8 +31,8 @@ class Export(L.Callback):
             pl_module.check_export_folder(self.folder(trainer))  # type: ignore[operator]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export once, from rank 0; not after a fast_dev_run, which trains nothing worth keeping."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        """Export, every process together since a split model is gathered; not after a fast_dev_run, which trains nothing worth keeping."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = pl_module.export(self.folder(trainer))  # type: ignore[operator]
         rank_zero_info(f"exported to {folder}")

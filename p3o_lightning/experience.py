@@ -113,6 +113,7 @@ class ExperienceLoader:
         for _ in range(-(-item // self.items_per_rollout)):
             next(batches)
         while item < items:
+            self._settle()
             if state.pending is None:
                 state.pending = self._rollout(next(batches), state.rollouts)
                 state.rollouts += 1
@@ -166,12 +167,18 @@ class ExperienceLoader:
             order = torch.randperm(self.batch_size, generator=generator)
         return order[micro_batch * self.micro_batch_size :][: self.micro_batch_size]
 
+    def _settle(self) -> None:
+        """Tell the callbacks that ask for it, as LastCheckpoint does, that the latest update is over, before the next rollout begins."""
+        for callback in self.policy.trainer.callbacks:  # type: ignore[attr-defined]
+            if on_update_settled := getattr(callback, "on_update_settled", None):
+                on_update_settled(self.policy.trainer, self.policy)
+
     def _rollout(self, prompts: Any, number: int) -> Experience:
         policy, trainer = self.policy, self.policy.trainer
         prompts = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(prompts))
-        policy.rollout_seed = mix(policy.seed, number, trainer.global_rank)
+        policy.rollout_seed = mix(policy.seed, number)
         policy.rollout_rewards = {}
-        torch.manual_seed(policy.rollout_seed)  # for a rollout_step of the user's own
+        torch.manual_seed(mix(policy.seed, number, trainer.global_rank))  # for a rollout_step of the user's own
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             experience = policy.rollout_step(prompts)
         if len(experience.prompt_tokens) != self.batch_size:

@@ -119,8 +119,15 @@ def sequence_scores(model: nn.Module, tokens: Int[Tensor, "row token"], attentio
     transformers pools at the last id that differs from the padding id, which skips a final EOS where pad == EOS.
     """
     base = unwrapped(model)
+    if "pooled_scores" in vars(base):  # split over processes: FSDP gathers the weights around this method
+        return base.pooled_scores(tokens, attention_mask)
     if not hasattr(base, "score"):  # encoder families (BERT) pool in their own way, not by a padding id
         return precise(model(input_ids=tokens, attention_mask=attention_mask.long()).logits.squeeze(-1))
+    return pooled_scores(base, tokens, attention_mask)
+
+
+def pooled_scores(base: Any, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
+    """Those of a causal model's backbone under a scalar head."""
     backbone = getattr(base, base.base_model_prefix)
     hidden = backbone(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
     last = attention_mask.sum(-1) - 1

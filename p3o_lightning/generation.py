@@ -61,10 +61,14 @@ def sample_completions(
     eos_token_id: int,
     pad_token_id: int,
     seed: int,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
     """Responses and their mask, which is True up to and including the first EOS; a truncated response has none.
 
     Prompts are padded on the left. The token axis is as long as the longest response drawn. Call it in eval mode.
+
+    `share` is (rank, processes): of the prompts of all processes, dealt out in turn, this one has every n-th. The draws are those of a
+    single process with all of them.
     """
     limit, longest = learned_positions(model), int(prompt_mask.sum(1).max())
     if limit is not None and longest + sampling.max_completion_length > limit:
@@ -76,7 +80,9 @@ def sample_completions(
     rows = prompts * count
     device = prompt_tokens.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-    uniforms = torch.rand(rows, sampling.max_completion_length, generator=generator, dtype=torch.float32).to(device)
+    rank, processes = share
+    uniforms = torch.rand(prompts * processes, count, sampling.max_completion_length, generator=generator, dtype=torch.float32)
+    uniforms = uniforms[rank::processes].flatten(0, 1).to(device)
 
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)

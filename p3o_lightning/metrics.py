@@ -53,9 +53,8 @@ class PairReport(Metric):
         self.shorter_wins += ((shorter < 0).to(_SUMS) + 0.5 * (shorter == 0)).sum()
         confidence = torch.maximum(probability, 1 - probability)
         index = ((confidence - 0.5) * 2 * self.bins).long().clamp(0, self.bins - 1)  # 0: a NaN gap, which the other figures show
-        self.bin_pairs.index_add_(0, index, torch.ones_like(gap))
-        self.bin_confidence.index_add_(0, index, confidence)
-        self.bin_correct.index_add_(0, index, right)
+        for bins, values in ((self.bin_pairs, torch.ones_like(gap)), (self.bin_confidence, confidence), (self.bin_correct, right)):
+            bins.index_add_(0, index, values.to(bins.dtype))  # FSDP1 rounds the states
 
     def compute(self) -> dict[str, Tensor]:
         """The figures by name; `accuracy_low` and `accuracy_high` are the 95 % Wilson interval."""

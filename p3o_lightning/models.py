@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +32,7 @@ from transformers import (
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
+from p3o_lightning.sharded_checkpoints import read_rest, read_whole
 
 if TYPE_CHECKING:
     pass
@@ -105,7 +105,14 @@ def _load(
         model = load_gguf_model(existing(path), None if dtype == "auto" else DTYPES[dtype])
         return _with_head(model, classifier, trained, repr(str(source)))
     if path.suffix == ".ckpt":
-        return _cast(_with_head(_from_checkpoint(existing(path)), classifier, trained, repr(str(source))), dtype)
+        checkpoint = read_checkpoint(path if path.is_dir() else existing(path))
+        try:
+            model = from_description(checkpoint)
+        except InputError:
+            raise
+        except Exception as error:  # its description and its weights may be of any kind, and need not fit each other
+            raise InputError(f"model is {str(source)!r}, whose model could not be built: {one_line(error)}. {_SOURCES}") from error
+        return _cast(_with_head(model, classifier, trained, repr(str(source))), dtype)
     return _from_folder_or_hub(source, dtype, classifier, trained)
 
 
@@ -121,7 +128,7 @@ def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, traine
         loaded: Any = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_pretrained(name, **options)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # a config.json may say anything, and what it says decides which code fails over it
         shapes = "ignore_mismatched_sizes" in str(error)
         reason = "its weights have other shapes than its config.json says" if shapes else one_line(error)
         raise InputError(f"model is {str(source)!r}, which could not be loaded: {reason}. {_SOURCES}") from error
@@ -271,7 +278,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours, loaded without running anything in it."""
     fix = "give one from <default_root_dir>/checkpoints"
     if path.is_dir():
-        raise InputError(f"{str(path)!r} is a sharded checkpoint: give the run's export folder instead.")
+        return _of_ours(path, read_whole(path))
     if not path.is_file():
         raise InputError(f"{str(path)!r} is no checkpoint: no such file; {fix}.")
     if not zipfile.is_zipfile(path):
@@ -282,8 +289,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{str(path)!r} holds more than tensors and plain values, and loading that could run code: {fix}.") from error
     except Exception as error:  # torch raises many types here; each of them means that the file cannot be used
         raise InputError(f"{str(path)!r} is a checkpoint that cannot be read ({one_line(error)}): {fix}.") from error
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
-        raise InputError(f"{str(path)!r} is not a checkpoint of p3o_lightning: {fix}.")
+    return _of_ours(path, checkpoint)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """As `read_checkpoint`; of a sharded one, all but weights and optimizer state."""
+    return _of_ours(path, read_rest(path)) if path.is_dir() else read_checkpoint(path)
+
+
+def _of_ours(path: Path, checkpoint: Any) -> dict[str, Any]:
+    about = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(about, dict) or not {"stage", "config", "classifier", "tokenizer", "peft"} <= about.keys():
+        raise InputError(f"{str(path)!r} is not a checkpoint of p3o_lightning: give one from <default_root_dir>/checkpoints.")
     return checkpoint
 
 
@@ -292,8 +309,8 @@ def config_of(checkpoint: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**json.loads(checkpoint[CHECKPOINT_KEY]["config"]))
 
 
-def _from_checkpoint(path: Path) -> PreTrainedModel:
-    checkpoint = read_checkpoint(path)
+def from_description(checkpoint: dict[str, Any]) -> PreTrainedModel:
+    """The model that a checkpoint of ours describes, with its weights; its adapters, if any, are merged."""
     about = checkpoint[CHECKPOINT_KEY]
     model: Any = _from_config(config_of(checkpoint), about["classifier"])
     if about["peft"] is not None:
@@ -316,6 +333,8 @@ def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     except ImportError as error:
         raise InputError("model.peft_config is set but peft is not installed: pip install 'p3o-lightning[peft]'.") from error
     if isinstance(peft_config, Mapping):
+        if "megatron_config" in peft_config:  # with it PEFT imports the module that it names, and it may be a checkpoint's
+            raise InputError("model.peft_config has megatron_config, which is not used here: remove it.")
         try:
             peft_config = LoraConfig(**{"target_modules": "all-linear", **peft_config})
         except TypeError as error:

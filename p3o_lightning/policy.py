@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.rewards import Responses, RewardInput, reward_sources
 from p3o_lightning.seeds import mix
+from p3o_lightning.sharding import place_frozen, whole_weights
 from p3o_lightning.stage import Stage
 
 
@@ -136,7 +137,7 @@ class PairwisePolicy(Stage):
         self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
         self.dtype_name = dtype
         self.state = ExperienceState(kl_coef=kl_coef)
-        self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout, rank)
+        self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
         self.start_up_proofs, self.fresh = start_up_proofs, False
@@ -201,7 +202,7 @@ class PairwisePolicy(Stage):
         self, prompts: PromptBatch, seed: int | None = None
     ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
         """K responses for each prompt and their mask, sampled EOS included; dropout off."""
-        with eval_mode(self.model), float32_by_default():
+        with eval_mode(self.model), self.whole_weights(), float32_by_default():
             return sample_completions(
                 self.model,
                 prompts.tokens,
@@ -210,18 +211,22 @@ class PairwisePolicy(Stage):
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
                 seed=self.rollout_seed if seed is None else seed,
+                share=self.share,
             )
 
     @torch.no_grad()
     def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
-        with eval_mode(self.model):
+        with eval_mode(self.model), self.whole_weights():
             return self._in_micro_batches(self.model, *tokens_and_masks)
 
     @torch.no_grad()
     def reference_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """Nats of every token under the reference."""
-        with eval_mode(self.model), self.model.disable_adapter() if self.adapter_is_policy else nullcontext():
+        if self.adapter_is_policy:
+            with self.model.disable_adapter():
+                return self.policy_logps(*tokens_and_masks)
+        with eval_mode(self.model):
             return self._in_micro_batches(self.reference, *tokens_and_masks)
 
     def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
@@ -282,14 +287,22 @@ class PairwisePolicy(Stage):
             )
 
     def setup(self, stage: str) -> None:
-        """Freeze the reference before the checkpoint's weights replace the policy's, and put the frozen models on the device."""
+        """Freeze the reference while the policy is whole, and before the checkpoint's weights replace it."""
         if stage == "fit" and self.rewards is None:
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
         if stage != "predict" and not self.adapter_is_policy:
-            reference = self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
-            reference.to(self.trainer.strategy.root_device)
-        for network in self.rewards.networks if self.rewards else []:
-            network.to(self.trainer.strategy.root_device)
+            self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
+
+    def configure_model(self) -> None:
+        """As in Stage; the frozen models go to the device, or are split too."""
+        super().configure_model()
+        for model in [*self._reference, *(self.rewards.networks if self.rewards else [])]:
+            place_frozen(self.trainer.strategy, model)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which rows of a batch this process holds: (rank, number of processes)."""
+        return (0, 1) if self._trainer is None else (self.global_rank, self.trainer.world_size)
 
     def wrap_train_dataloader(self, prompts: Any) -> ExperienceLoader:
         """The loader to train on, from a loader of prompts: `trainer.fit(policy, policy.wrap_train_dataloader(loader))`."""
@@ -316,7 +329,8 @@ class PairwisePolicy(Stage):
             if self.adapter_is_policy:
                 proofs.prove_only_adapters_train(self.model)
             else:
-                proofs.prove_reference_is_policy(self.model, self.reference)
+                with self.whole_weights(), whole_weights(self.reference):
+                    proofs.prove_reference_is_policy(self.model, self.reference)
 
     def prove_rewards(self, prompts: PromptBatch, experience: Experience) -> None:
         """Prove, at the first rollout, that reward models read EOS where a response ended."""
@@ -343,9 +357,7 @@ class PairwisePolicy(Stage):
         self.prove_rewards(prompts, experience)
         ended = self.ended(experience.completion_tokens, experience.completion_mask)
         figures = rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)
-        values = torch.stack([value.float() for value in figures.values()])
-        if self.trainer.world_size > 1:
-            values = self.trainer.strategy.reduce(values.to(self.device), reduce_op="mean")
+        values = torch.stack([value.float() for value in self.over_processes(figures).values()])
         self.state.figures = dict(zip(figures, values.tolist(), strict=True))
         for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout
             logger.log_metrics(self.state.figures, step=self.trainer.global_step)
@@ -356,8 +368,7 @@ class PairwisePolicy(Stage):
 
     def log_update(self, terms: P3OTerms) -> None:
         """Log the figures of an update; those of its rollout are handed to the progress bar and to what monitors them."""
-        self.log("loss", terms.loss)
-        self.log_dict(update_figures(terms))
+        self.log_dict(self.over_processes({"loss": terms.loss, **update_figures(terms)}))
         for short, name in (("score", "objective/scores"), ("kl", "objective/kl")):
             if name in self.state.figures:
                 self.log(short, self.state.figures[name], prog_bar=True, logger=False)
@@ -374,7 +385,7 @@ class PairwisePolicy(Stage):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
-        self.rollout_seed = mix(self.seed, batch_idx, self.global_rank, 1)
+        self.rollout_seed = mix(self.seed, batch_idx, 1)
         experience = self.rollout_step(batch)
         mask = experience.completion_mask
         figures = {
@@ -389,7 +400,7 @@ class PairwisePolicy(Stage):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """K sampled responses for each prompt: rows {"prompt", "responses"}."""
-        tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, self.global_rank, 2))
+        tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, 2))
         return prediction_rows(self.tokenizer, batch, tokens, mask)
 
     # ---- checkpoints

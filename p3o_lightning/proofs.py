@@ -19,6 +19,7 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import unwrapped
 from p3o_lightning.rewards import FunctionReward, ModelReward, Responses
+from p3o_lightning.sharding import named_weights
 
 SWITCH_OFF = "If it is meant so, set model.start_up_proofs to false."
 
@@ -77,7 +78,7 @@ def prove_nothing_is_clipped(clip_fraction: Float[Tensor, ""]) -> None:
 
 def prove_reference_is_policy(policy: nn.Module, reference: nn.Module) -> None:
     """The reference was copied from the policy: every weight is equal."""
-    ours, theirs = policy.state_dict(), reference.state_dict()
+    ours, theirs = named_weights(policy), named_weights(reference)
     different = sorted(ours.keys() ^ theirs.keys()) or [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
     if different:
         raise InputError(

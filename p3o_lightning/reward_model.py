@@ -82,9 +82,9 @@ class RewardModel(Stage):
         terms = bradley_terry_loss(
             chosen, rejected, margin=batch.margin, label_smoothing=self.label_smoothing, center_coef=self.center_coef
         )
-        self.log("loss", terms.loss, prog_bar=True)
-        self.log("accuracy", terms.accuracy, prog_bar=True)
-        self.log("margin", terms.margin)
+        figures = self.over_processes({"loss": terms.loss, "accuracy": terms.accuracy, "margin": terms.margin})
+        self.log("margin", figures.pop("margin"))
+        self.log_dict(figures, prog_bar=True)
         return terms.loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -106,4 +106,4 @@ class RewardModel(Stage):
     def _log_report(self, stage: str) -> None:
         figures = self.report.compute()
         self.report.reset()
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, rank_zero_only=False)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, sync_dist=True)

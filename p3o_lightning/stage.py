@@ -8,18 +8,25 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import is_adapted
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, read_checkpoint
+from p3o_lightning.forwards import is_adapted, unwrapped
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, from_description, read_checkpoint
+from p3o_lightning.sharding import is_split, prepare_split, whole_state_dict, whole_weights
 from p3o_lightning.tokenizers import load_tokenizer, tokenizer_source
 
 
@@ -61,6 +68,40 @@ class Stage(L.LightningModule):
         """Adapt the tokenizer before the model is loaded; the reward model needs a padding token of its own."""
         return tokenizer
 
+    # ---- several processes
+
+    def configure_model(self) -> None:
+        """Split the model over the processes where the strategy does (fsdp2, FSDPStrategy)."""
+        prepare_split(self.trainer.strategy, self.model)
+
+    @property
+    def _root(self) -> nn.Module | None:
+        """What the strategy trains: this module, or a wrapper around it."""
+        return None if self._trainer is None else self.trainer.strategy.model
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, every process holds the whole model, so that loops of unequal length on them need not wait for each other."""
+        return whole_weights(self.model, self._root)
+
+    def over_processes(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalar figures of all processes, in one exchange: least of a min, greatest of a max, mean of any other."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return figures
+        values = torch.stack([value.detach().float() for value in figures.values()]).to(self.device)
+        everyone = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(everyone, values)
+        columns = torch.stack(everyone, 1)
+        return {name: _OVER.get(_kind(name), torch.mean)(column) for name, column in zip(figures, columns, strict=True)}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning's, but for FSDP1, whose gradients' norm only its own wrapper can compute."""
+        if isinstance(self._root, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self._root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # ---- optimisation
 
     def configure_optimizers(self) -> Any:
@@ -79,9 +120,12 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the model and its tokenizer, so that the checkpoint alone is a model source."""
+        checkpoint[CHECKPOINT_KEY] = self._description()
+
+    def _description(self) -> dict[str, Any]:
         if self._described is None:  # it does not change, and a large tokenizer takes a while to write
             self._described = {"stage": type(self).__name__, **describe(self.model, self.tokenizer)}
-        checkpoint[CHECKPOINT_KEY] = self._described
+        return self._described
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume from another stage's checkpoint."""
@@ -116,25 +160,42 @@ class Stage(L.LightningModule):
         """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a short model card.
 
         LoRA adapters are merged, in a copy. The folder appears whole or not at all: it is written aside and renamed. It replaces an
-        earlier export; a folder with anything else in it is left alone, with an InputError.
+        earlier export; a folder with anything else in it is left alone, with an InputError. A model that is split over processes is
+        gathered, so every process calls it, and rank 0 writes.
         """
         folder = self.check_export_folder(folder)
+        model = self._whole_model()
+        if self.global_rank != 0:
+            return folder
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         try:
-            model = copy.deepcopy(self.model).merge_and_unload() if is_adapted(self.model) else self.model
+            aside.mkdir(parents=True)
             model.save_pretrained(aside)
             if model.can_generate():
-                self._generation_config(model).save_pretrained(aside)
+                self._generation_config().save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(self.model_card(), encoding="utf-8")
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError | SafetensorError):
+                raise InputError(
+                    f"export.dirpath is {str(folder)!r}, where the model cannot be written ({error}): make room there."
+                ) from error
             raise
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         return folder
+
+    def _whole_model(self) -> Any:
+        """The model with its adapters merged. Of one that is split, a copy on the CPU of rank 0; the others get what they have."""
+        if is_split(self.model, self._root):
+            assert self._root is not None
+            weights = whole_state_dict(self._root)
+            return from_description({CHECKPOINT_KEY: self._description(), "state_dict": weights}) if self.global_rank == 0 else self.model
+        if self.global_rank == 0 and is_adapted(self.model):
+            return copy.deepcopy(self.model).merge_and_unload()
+        return self.model
 
     @staticmethod
     def check_export_folder(folder: str | Path) -> Path:
@@ -147,9 +208,9 @@ class Stage(L.LightningModule):
             return folder
         raise InputError(f"export.dirpath is {str(folder)!r}, which is no earlier export: choose a new folder, so that nothing is lost.")
 
-    def _generation_config(self, model: Any) -> Any:
+    def _generation_config(self) -> Any:
         """The model's own, with the tokenizer's EOS among its ends and its padding id: `generate` then stops where training did."""
-        config, eos = copy.deepcopy(model.generation_config), self.tokenizer.eos_token_id
+        config, eos = copy.deepcopy(unwrapped(self.model).generation_config), self.tokenizer.eos_token_id
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         if eos not in ends:
             config.eos_token_id = eos
@@ -169,6 +230,15 @@ class Stage(L.LightningModule):
             f'model = {head}.from_pretrained("this folder")\ntokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n\n'
             f"Settings, {self.trainer.global_step if self._trainer is not None else 0} updates:\n\n```json\n{settings}\n```\n"
         )
+
+
+_OVER: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.amin, "max": torch.amax}
+
+
+def _kind(name: str) -> str:
+    """min, max, or something else: `completions/min_length`, `p3o/joint_weight_max`."""
+    words = name.rpartition("/")[2].split("_")
+    return next((word for word in words if word in _OVER), "mean")
 
 
 _CARD_HEAD = "---\nlibrary_name: transformers\ntags: [p3o_lightning, rlhf]\n"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PromptBatch
@@ -61,6 +62,7 @@ class SupervisedPolicy(Stage):
             lr_scheduler=lr_scheduler,
             arguments=arguments,
         )
+        self.report = MeanMetric()  # weighted by tokens; self.log rounds such weights over several processes
         self.sampling = Sampling(1, max_completion_length, temperature)
         self.seed = seed
 
@@ -80,26 +82,39 @@ class SupervisedPolicy(Stage):
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per response token of the batch."""
         total, count = self.token_loss(batch)
-        loss = total / count
-        self.log("loss", loss, prog_bar=True)
+        # the processes' gradients are averaged: with the mean of their token counts, every token weighs the same on all of them
+        loss = total / self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+        self.log_dict(self.over_processes({"loss": loss}), prog_bar=True)
         return loss
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """`val/loss`: nats per response token over the whole set, each token counted once."""
-        self._evaluate(batch, "val/loss")
+        self.report.update(*self._mean_loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Write the loss of the whole validation set."""
+        self._log_report("val/loss")
 
     def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """`test/loss`, as in validation."""
-        self._evaluate(batch, "test/loss")
+        self.report.update(*self._mean_loss(batch))
 
-    def _evaluate(self, batch: DemonstrationBatch, name: str) -> None:
+    def on_test_epoch_end(self) -> None:
+        """Write the loss of the whole test set."""
+        self._log_report("test/loss")
+
+    def _mean_loss(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
         total, count = self.token_loss(batch)
-        # Lightning's mean is weighted by batch_size: with the token count it is exact over uneven batches
-        self.log(name, total / count, batch_size=int(count), sync_dist=True, prog_bar=True)
+        return total / count, count
+
+    def _log_report(self, name: str) -> None:
+        loss = self.report.compute()
+        self.report.reset()
+        self.log(name, loss.float(), prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One sampled response for each prompt: rows {"prompt", "responses"}."""
-        with eval_mode(self.model):
+        with eval_mode(self.model), self.whole_weights():
             tokens, mask = sample_completions(
                 self.model,
                 batch.tokens,
@@ -107,6 +122,7 @@ class SupervisedPolicy(Stage):
                 self.sampling,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
-                seed=mix(self.seed, batch_idx, self.global_rank),
+                seed=mix(self.seed, batch_idx),
+                share=(self.global_rank, self.trainer.world_size),
             )
         return prediction_rows(self.tokenizer, batch, tokens, mask)

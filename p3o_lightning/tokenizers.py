@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, existing, folder_or_hub_name, one_line, read_checkpoint
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, existing, folder_or_hub_name, one_line, read_description
 
 
 def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -28,7 +28,7 @@ def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTo
 
             tokenizer = load_gguf_tokenizer(existing(path))
         elif path.suffix == ".ckpt":
-            tokenizer = _tokenizer_from_checkpoint(existing(path))
+            tokenizer = _tokenizer_from_checkpoint(path if path.is_dir() else existing(path))
         else:
             tokenizer = _tokenizer_from_folder_or_hub(name)
     if tokenizer.eos_token_id is None:
@@ -51,12 +51,17 @@ def _tokenizer_from_folder_or_hub(source: str) -> PreTrainedTokenizerBase:
 
 
 def _tokenizer_from_checkpoint(path: Path) -> PreTrainedTokenizerBase:
-    files = read_checkpoint(path)[CHECKPOINT_KEY]["tokenizer"]
+    files = read_description(path)[CHECKPOINT_KEY]["tokenizer"]
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            file = Path(folder) / Path(name).name
-            file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            for name, content in files.items():
+                file = Path(folder) / Path(name).name  # a path in it leads nowhere else
+                file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a checkpoint that was tampered with holds anything
+            raise InputError(
+                f"{str(path)!r} is a checkpoint whose tokenizer could not be loaded ({one_line(error)}): give another as model.tokenizer."
+            ) from error
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

@@ -44,11 +44,12 @@ LAYERS = [
         "encoding",
         "loaders",
         "metrics",
+        "memory",
     },
-    {"stage", "models", "tokenizers", "forwards", "gguf_files", "sharding"},
-    {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped"},
+    {"stage", "models", "tokenizers", "forwards", "gguf_files", "sharding", "sharded_checkpoints"},
+    {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped", "text"},
 ]
-CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors"}
+CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors", "text"}
 
 
 # ---- declarations, pins, environments ----
