@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+
+from p3o_lightning.text import json_line, visible
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -48,10 +49,10 @@ class PredictionWriter(BasePredictionWriter):
         """Append the batch's rows."""
         assert self.aside is not None
         with self.aside.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.writelines(json_line(row) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the file in its place, and say where that is."""
         assert self.target is not None and self.aside is not None
         os.replace(self.aside, self.target)
-        rank_zero_info(f"predictions in {self.target}")
+        rank_zero_info(f"predictions in {visible(str(self.target))}")

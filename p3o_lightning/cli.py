@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from p3o_lightning.errors import InputError
+from p3o_lightning.text import visible
 
 HELP = """\
 usage: p3o COMMAND [options]
@@ -26,7 +27,7 @@ train and use models (LightningCLI; each takes --config FILE, several overlay, a
 
 others:
   demo        the whole pipeline on a tiny generated task, about two minutes on a CPU, no download
-  doctor      report the environment, and what would stop a run
+  doctor      report the environment, and what would stop a run; --plan FILE: the memory that it will take
 
   p3o fit --config configs/debug/policy.yaml       a first run, seconds on a CPU
   p3o fit --config FILE --print_config             the resolved config
@@ -77,7 +78,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit status 2."""
-    print(f"p3o: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"p3o: error: {visible(' '.join(message.split()))}", file=sys.stderr)  # it may quote a stranger's data
     sys.exit(2)
 
 

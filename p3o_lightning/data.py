@@ -151,7 +151,8 @@ class PreferenceDataModule(L.LightningDataModule):
             self.report = _report(counts, self._train_rows(), len(self._val or ()))
             self._prepared = (view, source, stage == "predict")
             streamed = self.streaming and stage != "predict"
-            rank_zero_info(f"data: {self.path} is streamed; {len(self._val or ()):,} rows for validation" if streamed else str(self.report))
+            news = f"data: {self.path!r} is streamed; {len(self._val or ()):,} rows for validation"
+            rank_zero_info(news if streamed else str(self.report))
         if stage in ("fit", None):
             self._check_training()
         elif stage in ("validate", "test") and not self._val:

@@ -13,16 +13,20 @@ import json
 import re
 import reprlib
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.shipped import shipped
+from p3o_lightning.text import visible
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_UNREADABLE = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error)
+_LONGEST_LINE = 64 << 20  # bytes: a small file may unpack into one line without end
+_LARGEST_JSON = 1 << 30  # bytes, unpacked: it is parsed in one piece
+_DEEPEST = 32  # lists and objects within one another; Lightning walks through them to move a batch, a few Python frames a level
 
 
 _short = reprlib.Repr()
@@ -44,20 +48,23 @@ def read_records(
 
     Raises InputError, naming `field`, for what cannot be read. A folder holds a saved dataset or files of the known kinds, read by name.
     """
-    place = shipped(path).expanduser()
     if is_hub_name(path):
         # a stream is split by whole files where it can be, so that no rank downloads another's share
         yield from _hub(path, split, field, streaming, (rank, world_size) if streaming else (0, 1))
         return
-    for number, record in enumerate(_local(place, split, field)):
+    for number, record in enumerate(_local(_place(path, field), split, field)):
         if number % world_size == rank:
             yield record
 
 
 def is_hub_name(path: str) -> bool:
     """Whether `path` can only mean a dataset on the hub: nothing of that name is here, and it has no file's ending."""
-    place = shipped(path).expanduser()
-    return not place.exists() and bool(_HUB_NAME.fullmatch(path)) and place.suffix.lower() not in _FILE_ENDINGS
+    try:
+        place = shipped(path).expanduser()
+        there = place.exists()
+    except (OSError, RuntimeError):  # a name that is too long, a folder that is closed to us, a home that is not known
+        return False
+    return not there and bool(_HUB_NAME.fullmatch(path)) and place.suffix.lower() not in _FILE_ENDINGS
 
 
 def fetch(path: str, split: str, field: str = "data.path") -> None:
@@ -74,12 +81,24 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _local(place: Path, split: str, field: str) -> Iterator[Record]:
-    if not place.exists():
+def _place(path: str, field: str) -> Path:
+    """The file or folder of that name, which is there."""
+    try:
+        place = shipped(path).expanduser()
+        there = place.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{field} is {show(path)}, which cannot be looked up ({_first_line(error)}): give a file or a folder.") from error
+    if not there:
         raise InputError(f"{field} is {str(place)!r}, which does not exist: give a file, a folder or a hub name.")
+    return place
+
+
+def _local(place: Path, split: str, field: str) -> Iterator[Record]:
     if place.is_dir():
         yield from _folder(place, split, field)
         return
+    if not place.is_file():  # reading a pipe or a device may never end
+        raise InputError(f"{field} is {str(place)!r}, which is no regular file: give a file or a folder.")
     reader = _reader(place)
     if reader is None:
         raise InputError(f"{field} is {str(place)!r}, a kind of file that is not read here: give one of {', '.join(_READERS)}.")
@@ -98,7 +117,7 @@ def _from_file(reader: Callable[[Path], Iterator[Record]], place: Path, field: s
             yield record
     except InputError as error:
         raise InputError(f"{field}: {error}") from error.__cause__
-    except _UNREADABLE as error:
+    except Exception as error:  # of the operating system, the decompressor, the csv module, pyarrow: the file cannot be used
         raise InputError(
             f"{field} is {str(place)!r}, which cannot be read as {place.suffix[1:]}: {_first_line(error)}. Is it damaged?"
         ) from error
@@ -107,19 +126,27 @@ def _from_file(reader: Callable[[Path], Iterator[Record]], place: Path, field: s
 
 
 def _json(place: Path) -> Iterator[Record]:
-    text = _decode(_bytes(place), f"{place}, line 1")
-    rows = _parse(text, str(place))
+    name = visible(str(place))
+    with _open(place) as file:
+        content = file.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise InputError(
+            f"{name} holds more than {_LARGEST_JSON >> 20} MiB of JSON in one piece: write one object a line into a .jsonl file."
+        )
+    rows = _parse(_decode(content, f"{name}, line 1"), name)
     if not isinstance(rows, list):
-        raise InputError(f"{place} holds no list of objects: write [{{...}}, {{...}}], or one object a line into a .jsonl file.")
+        raise InputError(f"{name} holds no list of objects: write [{{...}}, {{...}}], or one object a line into a .jsonl file.")
     for number, values in enumerate(rows, 1):
-        yield _record(f"{place}, row {number}", values)
+        yield _record(f"{name}, row {number}", values)
 
 
 def _jsonl(place: Path) -> Iterator[Record]:
-    with _open(place) as lines:
-        for number, line in enumerate(lines, 1):
+    with _open(place) as file:
+        for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE + 1), b""), 1):
+            where = f"{visible(str(place))}, line {number}"
+            if len(line) > _LONGEST_LINE:
+                raise InputError(f"{where} is longer than {_LONGEST_LINE >> 20} MiB: write one object a line.")
             if line.strip():
-                where = f"{place}, line {number}"
                 yield _record(where, _parse(_decode(line, where), where))
 
 
@@ -127,14 +154,19 @@ def _csv(place: Path) -> Iterator[Record]:
     with _open(place) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         before = csv.field_size_limit(sys.maxsize)  # the csv module's own limit of 128 KB is shorter than some replies
         try:
-            rows = csv.DictReader(text)
+            rows = csv.DictReader(text, strict=True)  # else a quote that is never closed swallows the rest of the file
+            _check_names(rows.fieldnames or (), visible(str(place)))
             for number, values in enumerate(rows, 1):
-                where = f"{place}, row {number}"
+                where = f"{visible(str(place))}, row {number}"
                 if None in values:
                     raise InputError(f"{where} has more values than the header has columns: quote texts that hold commas.")
                 if missing := [name for name, value in values.items() if value is None]:
                     raise InputError(f"{where}: column {missing[0]!r} is missing: give as many values as the header has columns.")
                 yield Record(where, values)
+        except csv.Error as error:
+            raise InputError(
+                f"{visible(str(place))}, line {rows.line_num + 1}: {error}: close every quote, and double the quotes within a quoted text."
+            ) from error
         finally:
             csv.field_size_limit(before)
 
@@ -142,11 +174,13 @@ def _csv(place: Path) -> Iterator[Record]:
 def _parquet(place: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(place).iter_batches(1024):
-        for values in batch.to_pylist():
-            number += 1
-            yield Record(f"{place}, row {number}", values)
+    name, number = visible(str(place)), 0
+    with pyarrow.parquet.ParquetFile(place) as file:
+        _check_names(file.schema_arrow.names, name)
+        for batch in file.iter_batches(1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield _record(f"{name}, row {number}", values)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -178,27 +212,32 @@ _FILE_ENDINGS = {
 
 
 def _folder(folder: Path, split: str, field: str) -> Iterator[Record]:
-    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
+    try:
+        content = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{field} is {str(folder)!r}, a folder that cannot be read ({_first_line(error)}): give another.") from error
+    if {"dataset_dict.json", "state.json", "dataset_info.json"} & {place.name for place in content}:
         yield from _rows(_guarded(lambda: _saved(folder, split, field), field, str(folder)), str(folder), field)
         return
-    files = [place for place in sorted(folder.iterdir()) if _reader(place) is not None]
+    files = [place for place in content if _reader(place) is not None and not place.is_dir()]
     if not files:
         raise InputError(
             f"{field} is {str(folder)!r}, a folder without data: put files into it ({', '.join(_READERS)}), or save a dataset there."
         )
     for place in files:
-        yield from _local(place, split, field)
+        yield from _local(_place(str(place), field), split, field)
 
 
 def _saved(folder: Path, split: str, field: str) -> Any:
     import datasets
 
     saved = datasets.load_from_disk(str(folder))
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if split not in saved:
-        raise InputError(f"data.split is {split!r}, but {field} {str(folder)!r} has the splits {', '.join(saved)}: name one of these.")
-    return saved[split]
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise InputError(f"data.split is {split!r}, but {field} {str(folder)!r} has the splits {', '.join(saved)}: name one of these.")
+        saved = saved[split]
+    saved.data.validate(full=True)  # an Arrow file is mapped into memory as it is: wrong offsets in it would be followed
+    return saved
 
 
 def _load_hub(name: str, split: str, field: str, streaming: bool) -> Any:
@@ -217,14 +256,21 @@ def _hub(name: str, split: str, field: str, streaming: bool, share: tuple[int, i
 
 
 def _rows(dataset: Any, name: str, field: str) -> Iterator[Record]:
-    rows = iter(dataset.with_format(None))
+    import datasets
+
+    # Pictures and sounds stay undecoded: decoding opens whatever file or address a row names.
+    if isinstance(dataset, datasets.IterableDataset):
+        dataset = dataset.with_format(None)
+        rows = iter(dataset.decode(False) if dataset.features else dataset)
+    else:
+        rows = (row for table in dataset.with_format("arrow").iter(1024) for row in table.to_pylist())
     number = 0
     while True:
         number += 1
         values = _guarded(lambda: next(rows, None), field, name)
         if values is None:
             break
-        yield Record(f"{name}, row {number}", values)
+        yield _record(f"{visible(name)}, row {number}", values)
     if number == 1:
         raise InputError(f"{field} is {name!r}, which holds no row: choose another data.split.")
 
@@ -246,11 +292,6 @@ def _open(place: Path) -> Any:
     return gzip.open(place, "rb") if place.suffix.lower() == ".gz" else place.open("rb")
 
 
-def _bytes(place: Path) -> bytes:
-    with _open(place) as file:
-        return bytes(file.read())
-
-
 def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
@@ -260,16 +301,43 @@ def _decode(data: bytes, where: str) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         cut = text.strip()[:60]
         raise InputError(f"{where} is not valid JSON ({_first_line(error)}): {cut!r}. Mend it, or remove it.") from error
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are distinct: of two values, Python would keep the last without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"the key {show(_twice(key for key, _ in pairs))} stands there twice")
+    return values
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    """Refuse two columns of one name, of which only the last would be read."""
+    if (twice := _twice(names)) is not None:
+        raise InputError(f"{where} has two columns {show(twice)}: rename one of them.")
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def _record(where: str, values: Any) -> Record:
     if not isinstance(values, dict):
         raise InputError(f'{where}: {show(values)} is no object: write {{"prompt": "...", ...}}.')
+    if deep := next((name for name, value in values.items() if _is_deeper(value, _DEEPEST)), None):
+        raise InputError(f"{where}, column {show(deep)}: lists or objects more than {_DEEPEST} deep: make it flat, or remove the column.")
     return Record(where, values)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether more than so many lists and objects lie within one another."""
+    if not isinstance(value, dict | list | tuple):
+        return False
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ _STYLES: dict[str, tuple[tuple[str, ...], ...]] = {
     "demonstrations": (("prompt", "completion"), ("messages",), _PAIR, ("text",)),
     "prompts": (_PAIR, ("prompt",), ("messages",)),
 }
+_LARGEST = 3.4e38  # in float32, as margins are kept, more is infinite
 _TEXT_FIX = 'write a text, or a list of {"role", "content"} messages'
 
 
@@ -158,7 +159,7 @@ def _margin(value: Any, where: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST:
         raise InputError(f"{where}: {show(value)} is no finite number: write how much better the chosen reply is, e.g. 1.5.")
     return number
 

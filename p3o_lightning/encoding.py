@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ from p3o_lightning.sequences import pad_left, pad_right
 
 TokenIds = NDArray[np.int32]
 
-_CHUNK = 256  # rows handed to the tokenizer in one call
+_CHUNK_ROWS, _CHUNK_TEXT = 256, 1 << 20  # rows, and characters, after which the tokenizer is called: ids take ten times their memory
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # legal in JSON, impossible in UTF-8: tokenised as U+FFFD, the replacement character
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -70,17 +69,18 @@ class Encoder:
 
     def __call__(self, rows: Iterable[Row | Unusable]) -> Iterator[Encoded | Unusable]:
         """One result for every row, in order."""
-        parsed = (_as_chat(row) if self.chat and isinstance(row, Row) else row for row in rows)
-        while chunk := list(islice(parsed, _CHUNK)):
-            rendered = [row if isinstance(row, Unusable) else _render(self.tokenizer, row) for row in chunk]
-            ids = iter(_tokenise(self.tokenizer, [text for texts in rendered if not isinstance(texts, Unusable) for text in texts]))
-            for row, texts in zip(chunk, rendered, strict=True):
-                if isinstance(row, Unusable):
-                    yield row
-                elif isinstance(texts, Unusable):
-                    yield texts
-                else:
-                    yield self._limited(row, *islice(ids, len(texts)))
+        for chunk in _chunks(self._rendered(row) for row in rows):
+            ids = iter(_tokenise(self.tokenizer, [text for _, texts in chunk for text in texts]))
+            for row, texts in chunk:
+                yield row if isinstance(row, Unusable) else self._limited(row, *islice(ids, len(texts)))
+
+    def _rendered(self, row: Row | Unusable) -> tuple[Row | Unusable, tuple[str, ...]]:
+        """The row, and its texts."""
+        if isinstance(row, Unusable):
+            return row, ()
+        row = _as_chat(row) if self.chat else row
+        texts = _render(self.tokenizer, row)
+        return (texts, ()) if isinstance(texts, Unusable) else (row, texts)
 
     def _limited(self, row: Row, prompt: list[int], *replies: list[int]) -> Encoded | Unusable:
         prompt = _begun(prompt, self._bos)
@@ -91,6 +91,19 @@ class Encoder:
             return Unusable("over max_length")
         ids = [np.asarray(part, dtype=np.int32) for part in (prompt, *replies)]
         return Encoded(ids[0], tuple(ids[1:]), row.margin, _key(row), row.prompt, row.columns)
+
+
+def _chunks(rows: Iterable[tuple[Row | Unusable, tuple[str, ...]]]) -> Iterator[list[tuple[Row | Unusable, tuple[str, ...]]]]:
+    """The rows in groups of some hundreds, or fewer long ones."""
+    chunk, characters = list[tuple[Row | Unusable, tuple[str, ...]]](), 0
+    for row in rows:
+        chunk.append(row)
+        characters += sum(map(len, row[1]))
+        if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_TEXT:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
@@ -127,8 +140,13 @@ def _ended(reply: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    texts = [_LONE_SURROGATE.sub("\ufffd", text) for text in texts]
+    texts = [_whole(text) for text in texts]
     return list(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def _whole(text: str) -> str:
+    """`text` as it is tokenised."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, ...] | Unusable:
@@ -143,7 +161,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, ...] | U
     try:
         begin = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         wholes = [str(tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)) for answer in answers]
-    except (TemplateError, TypeError, ValueError):
+    except Exception:  # a template is a program that came with the tokenizer: it divides by zero, asks for what is not there
         return Unusable("refused by the chat template")
     if not all(whole.startswith(begin) for whole in wholes):
         return Unusable("changed by the chat template")
@@ -170,8 +188,12 @@ def _as_chat(row: Row) -> Row:
 
 def _key(row: Row) -> bytes:
     text: Text = row.prompt or (row.replies[0] if row.replies else "")  # a text without a prompt is its own
-    canonical = text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)
-    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    if isinstance(text, str):
+        canonical = _whole(text)
+    else:  # whatever else stands in a message, such as a number of its own, makes no other prompt of it
+        said = [{name: _whole(turn[name]) for name in ("role", "content")} for turn in text]
+        canonical = json.dumps(said, sort_keys=True)
+    return hashlib.blake2b(canonical.encode("utf-8"), digest_size=16).digest()
 
 
 class TokenRows(Dataset[Encoded]):

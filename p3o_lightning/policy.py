@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -455,6 +456,8 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, ho
         responses: of the rollout.
         horizon: responses over which the price changes by a factor of 1.2 at most; one rollout never counts as more.
     """
+    if not math.isfinite(kl):  # such a rollout is left out, and must not spoil the price for good
+        return kl_coef
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * min(responses / horizon, 1))
 

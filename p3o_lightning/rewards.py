@@ -13,6 +13,7 @@ import inspect
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,12 @@ class ModelReward:
                 tokens, mask = pad_right([rows[i] for i in order[start : start + self.batch_rows]], self.tokenizer.pad_token_id)
                 chunks.append(sequence_scores(self.network, tokens.to(device), mask.to(device)).cpu())
         scores = torch.cat(chunks)
+        if not bool(scores.isfinite().all()):
+            warnings.warn(  # an error here would stop one rank alone
+                f"reward {self.name!r} gave {int((~scores.isfinite()).sum())} of {len(scores)} responses a score that is NaN or infinite: "
+                "nothing can be learned from them. Give another reward model, or a wider dtype (model.dtype float32).",
+                stacklevel=2,
+            )
         return scores[torch.tensor(order).argsort()].view(responses.tokens.shape[:2])
 
     def _token_rows(self, responses: Responses) -> list[list[int]]:

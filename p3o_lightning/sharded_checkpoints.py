@@ -38,7 +38,9 @@ def read_rest(folder: Path) -> dict[str, Any]:
     try:
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{str(folder / REST)!r} holds more than tensors and plain values, and loading that could run code: {_FIX}.") from error
+        raise InputError(
+            f"{str(folder / REST)!r} holds more than tensors and plain values, and loading that could run code: {_FIX}."
+        ) from error
     except Exception as error:  # torch raises many types here
         raise InputError(f"{str(folder / REST)!r} cannot be read ({type(error).__name__}): {_FIX}.") from error
     return dict(rest)

@@ -87,7 +87,7 @@ def test_a_crash_within_a_save_leaves_the_former_checkpoint(tmp_path, monkeypatc
         raise OSError("No space left on device")
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", crash)
-    with pytest.raises(OSError, match=r"No space"):
+    with pytest.raises(InputError, match=r"checkpoints.*No space left on device"):
         fit(tmp_path, [LastCheckpoint(every_n_steps=2)], max_steps=6)
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert step_of(path) == 2

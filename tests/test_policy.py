@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -379,6 +380,7 @@ def test_adapted_kl_coef_by_hand():
     assert adapted_kl_coef(0.1, 6.0, 6.0, 100, 1000) == 0.1
     assert adapted_kl_coef(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
     assert adapted_kl_coef(0.1, 0.0, 6.0, 10**6, 10) == pytest.approx(0.08)  # one rollout never counts as more than the horizon
+    assert adapted_kl_coef(0.1, math.nan, 6.0, 100, 1000) == 0.1  # a rollout that is left out
 
 
 def test_the_price_rises_when_kl_is_above_its_target_and_falls_below(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
+import threading
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +23,17 @@ from torch.optim import Optimizer
 
 import p3o_lightning.callbacks  # noqa: F401  (short names in YAML)
 from p3o_lightning import __version__
-from p3o_lightning.callbacks import Export, LastCheckpoint, PredictionWriter
+from p3o_lightning.callbacks import CollapseAlarm, Export, FiniteGuard, KLBudget, LastCheckpoint, PredictionWriter
 from p3o_lightning.commands.arguments import Parser, ShippedConfig, causes, overview
+from p3o_lightning.commands.processes import end_together
 from p3o_lightning.commands.terminal import Progress, quiet_libraries
+from p3o_lightning.commands.writing import FLAG, check_writing
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import CHECKPOINT_KEY, read_checkpoint
+from p3o_lightning.models import CHECKPOINT_KEY, read_description
+from p3o_lightning.sharded_checkpoints import WholeCheckpointIO, is_sharded
+from p3o_lightning.sharding import splits
 from p3o_lightning.stage import Stage
+from p3o_lightning.text import fenced
 
 say = rank_zero_only(print)
 
@@ -56,7 +63,7 @@ class SaveConfig(SaveConfigCallback):
         (root / "config.yaml").write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", f"```yaml\n{text}\n```", 0)
+                logger.experiment.add_text("config", fenced(text, "yaml"), 0)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where the run writes its scalars."""
@@ -95,7 +102,7 @@ class StageCLI(LightningCLI):
     resumed_version: int | None = None
 
     def __init__(self, arguments: list[str]) -> None:
-        self.command = arguments[0]
+        self.command, self.arguments = arguments[0], arguments
         usage = f"p3o {self.command} --config FILE [--KEY VALUE ...]"
         super().__init__(
             Stage,
@@ -127,11 +134,16 @@ class StageCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What users set most comes first: the stage and its data."""
         parser.add_argument("--quiet", nargs="?", const=True, type=bool, default=False, help="no progress bar, no messages but warnings")
+        outside = "let the config write out of trainer.default_root_dir; counts on the command line, never in a config file"
+        parser.add_argument(f"--{FLAG}", nargs="?", const=True, type=bool, default=False, help=outside)
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
         parser.set_defaults({"data": {"class_path": "p3o_lightning.PreferenceDataModule"}})
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
+        parser.add_lightning_class_args(FiniteGuard, "finite")
+        parser.add_lightning_class_args(KLBudget, "kl_budget")
+        parser.add_lightning_class_args(CollapseAlarm, "collapse")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
@@ -142,6 +154,9 @@ class StageCLI(LightningCLI):
             ("data", "data: what it is trained on"),
             ("checkpoint", "checkpoint: last.ckpt, which --ckpt_path last resumes from"),
             ("export", "export: the trained model as a transformers folder, at the end"),
+            ("finite", "finite: what a NaN or an infinity does"),
+            ("kl_budget", "kl_budget: how far the policy may leave its reference"),
+            ("collapse", "collapse: when a policy that repeats itself is warned of"),
             ("trainer", "trainer: Lightning's Trainer"),
         ):
             (parser.groups or {})[group].title = title
@@ -173,6 +188,8 @@ class StageCLI(LightningCLI):
         """Check the folder to write to and the checkpoint to start from."""
         settings = self.settings
         quiet_libraries(settings.quiet)
+        callbacks = self._parser(self.subcommand).callback_keys if self.subcommand == "fit" else []  # no other command builds them
+        check_writing(settings, self.arguments, ["trainer", *callbacks])
         if self.subcommand in ("fit", "predict"):
             check_folder(settings.trainer.default_root_dir)
         if settings.get("ckpt_path"):
@@ -185,9 +202,7 @@ class StageCLI(LightningCLI):
             path = Path(settings.checkpoint.dirpath or Path(settings.trainer.default_root_dir) / "checkpoints") / "last.ckpt"
         if not path.exists():
             raise InputError(f"ckpt_path is {settings.ckpt_path!r}, but {path} does not exist: leave --ckpt_path out to start afresh.")
-        if path.is_dir():
-            return path  # sharded: Lightning reads it
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_description(path)
         stage, now = checkpoint[CHECKPOINT_KEY]["stage"], _class_of(settings.model.class_path)
         if stage != now.__name__:
             raise InputError(
@@ -237,13 +252,16 @@ class StageCLI(LightningCLI):
             callbacks.append(PredictionWriter())
         if given.enable_model_summary is None:
             kwargs["enable_model_summary"] = False
-        if fits:  # the callbacks of the `checkpoint` and `export` sections belong to a fit that keeps checkpoints
+        if fits:  # the callbacks that have a section; `checkpoint` only where checkpoints are kept
             mine = [self._get(self.config_init, name) for name in self._parser(self.subcommand).callback_keys]
+            mine = [item for item in mine if type(item) not in map(type, callbacks)]  # trainer.callbacks has one of its own
             callbacks += [item for item in mine if not (isinstance(item, LastCheckpoint) and given.enable_checkpointing is False)]
             if self.resumed_step is not None:
                 callbacks.append(CommandLineWins(_optimizers(self.model.configure_optimizers())))
             if self.save_config_callback and not given.fast_dev_run:
                 callbacks.append(self.save_config_callback(self._parser(self.subcommand), self.settings, **self.save_config_kwargs))
+        if self.settings.get("ckpt_path") and is_sharded(Path(self.settings.ckpt_path)) and not splits(given.strategy):
+            kwargs["plugins"] = [*(given.plugins or []), WholeCheckpointIO()]
         try:
             return self.trainer_class(**{**given, **kwargs, "callbacks": callbacks})
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -259,8 +277,18 @@ class StageCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; after Ctrl-C or SIGTERM, one line, and the exit status that shells give to a process that was stopped so."""
+        said, threading.excepthook = threading.excepthook, _said_by_the_main_thread
         try:
-            super()._run_subcommand(subcommand)
+            self._run_together(subcommand)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            if isinstance(error.__context__, InputError):  # of the checkpoint, which says more
+                raise error.__context__ from None
+            raise InputError(
+                f"trainer.default_root_dir is {self.trainer.default_root_dir!r}, where a file cannot be written ({error.strerror}): make "
+                "room there. A checkpoint that was saved is whole: --ckpt_path last goes on from it."
+            ) from error
         except SystemExit as stop:
             terminated = self.trainer.received_sigterm
             if not terminated and not (stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt)):  # Lightning's way to leave
@@ -270,6 +298,15 @@ class StageCLI(LightningCLI):
             how = "terminated" if terminated else "interrupted"
             print(f"p3o: {how} at step {self.trainer.global_step}{then}", file=sys.stderr)
             raise SystemExit(143 if terminated else 130) from None
+        finally:
+            threading.excepthook = said
+
+    def _run_together(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            end_together(self.trainer, error)
+            raise
 
     def fit(self, **arguments: Any) -> None:
         """Train. What stops the run before its first update leaves no folder behind."""
@@ -334,6 +371,15 @@ def check_folder(folder: str | Path) -> None:
         raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is a file: name a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is not writable: name another folder.")
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _said_by_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread. What stops it is raised again where something is logged next."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in NO_ROOM):
+        threading.__excepthook__(failure)
 
 
 def _class_of(class_path: str) -> type:
