@@ -231,6 +231,8 @@ def check_config(path: Path, given: str) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"config is {given!r}, which is no text in UTF-8 (byte {error.start}): give a YAML file.") from error
+    except RecursionError as error:
+        raise InputError(f"config is {given!r}, which nests too deep: give a YAML file, e.g. one begun with a shipped one.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
