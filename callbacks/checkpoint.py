@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,8 +44,8 @@ class LastCheckpoint(Checkpoint):
         self.seen_step = 0  # updates at the end of the latest batch
         self.updated = False  # whether that batch ended an update
         self.written: int | None = None  # updates in what lies aside
-        self.interrupted = self.leaving = False
-        self._former_handler: Any = None
+        self.interrupted = self.terminated = self.leaving = False
+        self._former: dict[signal.Signals, Any] = {}  # handlers
 
     def path(self, trainer: L.Trainer) -> Path:
         """Where the checkpoint lies."""
@@ -53,9 +54,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch for Ctrl-C, and count saves from the step that the run starts or resumes at."""
         self.saved_step = self.seen_step = trainer.global_step
-        self.written, self.interrupted, self.leaving = None, False, False
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        self.written, self.interrupted, self.terminated, self.leaving = None, False, False, False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._former = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt)}
+        if trainer.world_size > 1:
+            self._former[signal.SIGTERM] = signal.signal(signal.SIGTERM, partial(self._on_terminate, trainer))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write aside where it is due and an update has just ended."""
@@ -63,7 +67,7 @@ class LastCheckpoint(Checkpoint):
         self.updated, self.seen_step = step != self.seen_step, step
         if not self.updated:
             return
-        interrupted, terminated = self.interrupted, trainer.received_sigterm
+        interrupted, terminated = self.interrupted, self.terminated or trainer.received_sigterm
         if trainer.world_size > 1:  # the signal does not reach all ranks in the same step, and saving is collective
             interrupted, terminated = (trainer.strategy.reduce_boolean_decision(told, all=False) for told in (interrupted, terminated))
             trainer._signal_connector.received_sigterm = terminated  # Lightning then leaves on every rank, once the update is logged
@@ -126,7 +130,7 @@ class LastCheckpoint(Checkpoint):
         """Save what came after the last save, where an EarlyStopping ended the run say; give Ctrl-C back."""
         if self.updated and trainer.global_step not in (self.written, self.saved_step):
             self.write(trainer)
-        self._restore_handler()
+        self._restore_handlers()
         self.on_update_settled(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -136,7 +140,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
         elif isinstance(exception, SIGTERMException) and not trainer.validating:  # Lightning leaves at the end of an update
             self.save(trainer)
-        self._restore_handler()
+        self._restore_handlers()
 
     def _aside(self, trainer: L.Trainer) -> Path:
         return self.path(trainer).with_name(".last.partial")
@@ -152,13 +156,18 @@ class LastCheckpoint(Checkpoint):
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        self._restore_handler()  # a second Ctrl-C stops at once
+        signal.signal(number, self._former.pop(signal.SIGINT))  # a second Ctrl-C stops at once
         rank_zero_info("interrupted: saving a checkpoint after this update (Ctrl-C again stops at once)")
 
-    def _restore_handler(self) -> None:
-        if self._former_handler is not None:
-            signal.signal(signal.SIGINT, self._former_handler)
-            self._former_handler = None
+    def _on_terminate(self, trainer: L.Trainer, number: int, frame: FrameType | None) -> None:
+        """In Lightning's place: its handler is itself a collective, begun wherever the signal finds the rank, and the others may hang."""
+        if trainer.strategy.launcher is not None and not self.terminated:
+            trainer.strategy.launcher.kill(number)  # as it does: tell the processes that this one started
+        self.terminated = True  # on_train_batch_end lets all ranks agree
+
+    def _restore_handlers(self) -> None:
+        while self._former:
+            signal.signal(*self._former.popitem())
 
 
 def _put(aside: Path, path: Path, step: int) -> None:

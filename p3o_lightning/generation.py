@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
+from p3o_lightning.kv_cache import roomy_cache
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def sample_completions(
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
 
-    cache = _new_cache(model)
+    cache = _new_cache(model, prompt_tokens.shape[1] + sampling.max_completion_length - 1)  # the last token drawn is never read
     logits = _last_logits(model, prompt_tokens, prompt_mask, positions_of(prompt_mask), cache).repeat_interleave(count, 0)
     if cache is not None and cache.get_seq_length() == 0:  # the model took it and did not fill it
         cache = None
@@ -164,14 +165,13 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask:
     ]
 
 
-def _new_cache(model: nn.Module) -> DynamicCache | None:
+def _new_cache(model: nn.Module, capacity: int) -> DynamicCache | None:
     """An empty cache, or None for a model whose state cannot be repeated for K responses and freed of finished rows."""
     takes_it = getattr(unwrapped(model), "_supports_default_dynamic_cache", lambda: True)
     if accepts(model, "past_key_values") and takes_it():
         config: Any = model.config
-        cache = DynamicCache(config=config.get_text_config(decoder=True))
-        # recurrent layers have no method for it, or inherit attention's, which leaves their own state as it is
-        if all(type(layer).__name__.startswith(("Dynamic", "Dummy")) for layer in cache.layers):
+        cache = roomy_cache(config.get_text_config(decoder=True), capacity)
+        if cache is not None:
             return cache
     _say_slow(type(unwrapped(model)).__name__)
     return None

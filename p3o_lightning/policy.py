@@ -23,13 +23,14 @@ from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
-from p3o_lightning.forwards import completion_logps, eval_mode, is_adapted, turn_dropout_off
+from p3o_lightning.forwards import eval_mode, is_adapted, turn_dropout_off
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.rewards import Responses, RewardInput, reward_sources
 from p3o_lightning.seeds import mix
 from p3o_lightning.sharding import place_frozen, whole_weights
+from p3o_lightning.shared_prompts import grouped_completion_logps
 from p3o_lightning.stage import Stage
 
 
@@ -172,7 +173,7 @@ class PairwisePolicy(Stage):
             )
         batch = self.unrounded(batch)
         tokens_and_masks = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
-        token_logps = completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
+        token_logps = grouped_completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
         terms = self.loss(token_logps, batch)
         self.prove_start(token_logps, batch, terms)
         self.log_update(terms)
@@ -234,7 +235,7 @@ class PairwisePolicy(Stage):
         size = self.micro_batch_size or len(tokens_and_masks[0])
         parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
         temperature = self.sampling.temperature
-        return torch.cat([completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
+        return torch.cat([grouped_completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
 
     def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
         """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""

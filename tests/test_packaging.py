@@ -46,7 +46,17 @@ LAYERS = [
         "metrics",
         "memory",
     },
-    {"stage", "models", "tokenizers", "forwards", "gguf_files", "sharding", "sharded_checkpoints"},
+    {
+        "stage",
+        "models",
+        "tokenizers",
+        "forwards",
+        "shared_prompts",
+        "kv_cache",
+        "gguf_files",
+        "sharding",
+        "sharded_checkpoints",
+    },
     {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped", "text"},
 ]
 CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors", "text"}

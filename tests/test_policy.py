@@ -21,8 +21,8 @@ from p3o_lightning import InputError, PairwisePolicy, SupervisedPolicy
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
-from p3o_lightning.forwards import completion_logps
 from p3o_lightning.policy import adapted_kl_coef, fingerprint
+from p3o_lightning.shared_prompts import grouped_completion_logps
 
 
 def experience(module: PairwisePolicy, seed: int = 0) -> Experience:
@@ -31,7 +31,7 @@ def experience(module: PairwisePolicy, seed: int = 0) -> Experience:
 
 
 def logps_of(module: PairwisePolicy, batch: Experience) -> torch.Tensor:
-    return completion_logps(
+    return grouped_completion_logps(
         module.model, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask, module.sampling.temperature
     )
 

@@ -1,0 +1,72 @@
+"""A key-value cache with room for every token to come: a decoding step writes one column, and copies nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """One attention layer's keys and values, in buffers of `capacity` columns of which the first `length` are filled.
+
+    transformers' own layer copies all it holds at every step, to make it one column longer.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+        self._buffers: list[Tensor] = []  # keys and values: row, head, column, channel
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new columns in; all that are filled, as views."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self._buffers = [states.new_empty(*states.shape[:2], self.capacity, states.shape[-1]) for states in (key_states, value_states)]
+        end = self.length + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self.length = end
+        return self._show()
+
+    def get_seq_length(self) -> int:
+        """Columns filled."""
+        return self.length
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times; what is not filled is not copied."""
+        self._rebuild([buffer[:, :, : self.length].repeat_interleave(repeats, 0) for buffer in self._buffers])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows only. `indices` ascend, so that rows can move up in place."""
+        kept = len(indices)
+        for place, buffer in enumerate(self._buffers):
+            buffer[:kept, :, : self.length] = buffer[indices, :, : self.length]
+            self._buffers[place] = buffer[:kept]
+        self._show()
+
+    def _rebuild(self, filled: list[Tensor]) -> None:
+        self._buffers = [states.new_empty(*states.shape[:2], self.capacity, states.shape[-1]) for states in filled]
+        for buffer, states in zip(self._buffers, filled, strict=True):
+            buffer[:, :, : self.length] = states
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        """Where transformers looks for them."""
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def roomy_cache(config: Any, capacity: int) -> DynamicCache | None:
+    """An empty cache for `capacity` tokens; None for a model with a layer whose state cannot be repeated and freed of rows.
+
+    Layers with a sliding window keep transformers' own, which hold no more than the window.
+    """
+    cache = DynamicCache(config=config)
+    # recurrent layers have no method for it, or inherit attention's, which leaves their own state as it is
+    if not all(type(layer).__name__.startswith(("Dynamic", "Dummy")) for layer in cache.layers):
+        return None
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
