@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,10 +49,13 @@ check: setup  ## format, lint, types
 	$(BIN)/mypy
 
 test: setup  ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not soak"
 
 test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser" || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser and not soak" || test $$? -eq 5
+
+test-soak: setup  ## by hand, half an hour: every stage killed at random and resumed, and runs of 2,000 updates
+	$(BIN)/python -m pytest -s -m soak
 
 ci: check test test-slow  ## what CI runs
 
