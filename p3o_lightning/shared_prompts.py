@@ -31,7 +31,8 @@ def grouped_completion_logps(
 ) -> Float[Tensor, "prompt response token"]:
     """As `completion_logps`, with the prompt read once for its responses where that pays and the model allows it."""
     inputs = (prompt_tokens, prompt_mask, completion_tokens, completion_mask)
-    if pays(model, prompt_tokens.shape[1], *completion_tokens.shape[1:]) and allows(model):
+    # tried out first: a split model's forward is collective, and what pays differs between processes
+    if allows(model) and pays(model, prompt_tokens.shape[1], *completion_tokens.shape[1:]):
         return shared_prompt_logps(model, *inputs, temperature)
     return completion_logps(model, *inputs, temperature)
 
