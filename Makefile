@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak bench-quick ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,16 @@ test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
 
 test-soak: setup  ## by hand, half an hour: every stage killed at random and resumed, and runs of 2,000 updates
 	$(BIN)/python -m pytest -s -m soak
+
+# The peer gets an environment of its own, with the same torch and transformers.
+.venv-trl/.set-up: requirements.lock
+	test -x .venv-trl/bin/pip || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" -c requirements.lock
+	.venv-trl/bin/python -m pip install trl==1.16.0 "$$(grep '^transformers==' requirements.lock)" -c requirements.lock
+	touch $@
+
+bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal work, one thread; ends with the ratios
+	$(BIN)/python benchmarks/quick.py
 
 ci: check test test-slow  ## what CI runs
 
