@@ -94,6 +94,7 @@ class ExperienceLoader:
         """Runs at the first next(), after every restore: a generator."""
         policy, trainer, state = self.policy, self.policy.trainer, self.policy.state
         self._check_accumulation(trainer.accumulate_grad_batches)
+        policy.one_update = self.items_per_rollout == trainer.accumulate_grad_batches
         item = trainer.fit_loop.batch_idx + 1  # 0, or where the checkpoint stopped inside this epoch
         # Lightning runs one batch too many after resuming at an epoch's end: stop at its own count
         items = min(len(self), trainer.num_training_batches)

@@ -52,8 +52,19 @@ class Sampling:
                 raise InputError(f"model.{name} is {getattr(self, name)}: choose {wanted}.")
 
 
-@torch.no_grad()
 def sample_completions(
+    model: nn.Module,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    sampling: Sampling,
+    **options: Any,
+) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
+    """`sample_with_logps` without the log-probabilities."""
+    return sample_with_logps(model, prompt_tokens, prompt_mask, sampling, **options)[:2]
+
+
+@torch.no_grad()
+def sample_with_logps(
     model: nn.Module,
     prompt_tokens: Int[Tensor, "prompt prompt_token"],
     prompt_mask: Bool[Tensor, "prompt prompt_token"],
@@ -63,8 +74,10 @@ def sample_completions(
     pad_token_id: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
-) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
-    """Responses and their mask, which is True up to and including the first EOS; a truncated response has none.
+) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
+    """Responses, their mask, and each token's log-probability in nats under the distribution it was drawn from, 0 outside the mask.
+
+    The mask is True up to and including the first EOS; a truncated response has none.
 
     Prompts are padded on the left. The token axis is as long as the longest response drawn. Call it in eval mode.
 
@@ -86,6 +99,7 @@ def sample_completions(
     uniforms = uniforms[rank::processes].flatten(0, 1).to(device)
 
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
+    logps = torch.zeros(rows, sampling.max_completion_length, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
 
     cache = _new_cache(model, prompt_tokens.shape[1] + sampling.max_completion_length - 1)  # the last token drawn is never read
@@ -99,7 +113,7 @@ def sample_completions(
     alive = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
 
     for step in range(sampling.max_completion_length):
-        drawn = draw(logits, uniforms[alive, step], sampling)
+        drawn, logps[alive, step] = draw_with_logps(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = drawn
         going = drawn != eos_token_id
         lengths[alive[~going]] = step + 1
@@ -120,11 +134,20 @@ def sample_completions(
     longest = int(lengths.max())
     tokens = tokens[:, :longest]
     token_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
-    return tokens.view(prompts, count, longest), token_mask.view(prompts, count, longest)
+    return tuple(values.view(prompts, count, longest) for values in (tokens, token_mask, logps[:, :longest]))  # type: ignore[return-value]
 
 
 def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
+    """`draw_with_logps` without the log-probabilities."""
+    return draw_with_logps(logits, uniforms, sampling)[0]
+
+
+def draw_with_logps(
+    logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform draw in [0, 1).
+
+    And its log-probability in nats under what is drawn from: the model's distribution at this temperature, cut by top_k and top_p.
 
     top_k is applied first, then top_p to what is left. Of equal logits at their edge, the choice is arbitrary.
     """
@@ -136,7 +159,8 @@ def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"
         ordered, order = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each one
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    logits = logits - logits.amax(-1, keepdim=True)
+    weights = logits.exp()
     # in float64, so that over a vocabulary of 100,000 no rounding of the sum lets a token in that has no weight; Apple's GPUs have none
     cumulative = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
     if not bool(cumulative[:, -1].isfinite().all()):
@@ -145,7 +169,9 @@ def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"
             "overflow the dtype; lower model.lr, set trainer.gradient_clip_val to 1, or model.dtype to float32."
         )
     target = uniforms.to(cumulative.dtype).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    chosen = logits.gather(-1, drawn.unsqueeze(1)).squeeze(1)
+    return drawn, (chosen - cumulative[:, -1].log()).float()
 
 
 def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, tokens: Tensor, mask: Tensor) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
 from p3o_lightning.forwards import eval_mode, is_adapted, turn_dropout_off
-from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions
+from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_with_logps
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.rewards import Responses, RewardInput, reward_sources
@@ -129,6 +129,7 @@ class PairwisePolicy(Stage):
             lr_scheduler=lr_scheduler,
             arguments=arguments,
         )
+        self.disable_dropout = disable_dropout
         if disable_dropout:
             turn_dropout_off(self.model)
         self.sampling = Sampling(num_generations, max_completion_length, temperature, top_p, top_k)
@@ -142,6 +143,7 @@ class PairwisePolicy(Stage):
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
+        self.one_update = False  # whether a rollout is trained on by one update: the loader knows
         self.start_up_proofs, self.fresh = start_up_proofs, False
         self._reference_source = (reference,)  # in a tuple, so that a model given as an object is no submodule: not saved, not moved
         self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
@@ -153,13 +155,17 @@ class PairwisePolicy(Stage):
 
     def rollout_step(self, prompts: PromptBatch) -> Experience:
         """Draw K responses for every prompt; score them under policy, reference and reward. Override it to make experience differently."""
-        tokens, mask = self.sample(prompts)
+        if self.old_is_current:
+            tokens, mask, old_token_logps = self.sample_with_logps(prompts)
+        else:
+            tokens, mask = self.sample(prompts)
+            old_token_logps = self.policy_logps(prompts.tokens, prompts.attention_mask, tokens, mask)
         return Experience(
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.attention_mask,
             completion_tokens=tokens,
             completion_mask=mask,
-            old_token_logps=self.policy_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
+            old_token_logps=old_token_logps,
             ref_token_logps=self.reference_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
             scores=self.score(prompts, tokens, mask),
         )
@@ -174,6 +180,8 @@ class PairwisePolicy(Stage):
         batch = self.unrounded(batch)
         tokens_and_masks = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
         token_logps = grouped_completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
+        if self.old_is_current:
+            batch = batch._replace(old_token_logps=token_logps.detach())
         terms = self.loss(token_logps, batch)
         self.prove_start(token_logps, batch, terms)
         self.log_update(terms)
@@ -198,14 +206,38 @@ class PairwisePolicy(Stage):
             **settings,
         )
 
+    @property
+    def old_is_current(self) -> bool:
+        """Whether the policy that samples is the one that every micro-batch of the rollout is trained on: there is one update a rollout.
+
+        The training forward then gives the old log-probabilities too, exact in any precision, and no forward is made for them; those of the
+        sampler serve the figures. Not before the first update, where the start-up proofs compare both, nor with dropout, nor where
+        the rollout is of the user's own, or the sampler is cut by top_p or top_k.
+        """
+        return (
+            self.one_update
+            and self.disable_dropout
+            and not self.proving
+            and self.trainer.training
+            and self.sampling.top_p == 1
+            and self.sampling.top_k == 0
+            and all(getattr(type(self), name) is getattr(PairwisePolicy, name) for name in ("rollout_step", "sample", "policy_logps"))
+        )
+
     # ---- the parts of a rollout
 
     def sample(
         self, prompts: PromptBatch, seed: int | None = None
     ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
         """K responses for each prompt and their mask, sampled EOS included; dropout off."""
+        return self.sample_with_logps(prompts, seed)[:2]
+
+    def sample_with_logps(
+        self, prompts: PromptBatch, seed: int | None = None
+    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
+        """As `sample`, and the nats of every token under the distribution that it was drawn from."""
         with eval_mode(self.model), self.whole_weights(), float32_by_default():
-            return sample_completions(
+            return sample_with_logps(
                 self.model,
                 prompts.tokens,
                 prompts.attention_mask,

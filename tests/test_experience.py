@@ -24,6 +24,7 @@ RUNS = {
     "steps": ({"max_steps": 10}, {}, {"shuffle": True}),
     "limited": ({"max_steps": 12, "limit_train_batches": 5}, {}, {}),  # an epoch ends within a rollout
     "accumulated": ({"max_epochs": 2, "accumulate_grad_batches": 2}, {"clipping": "separate"}, {"shuffle": True}),
+    "one update a rollout": ({"max_steps": 8, "accumulate_grad_batches": 4}, {}, {"shuffle": True}),
     "validated": ({"max_epochs": 2, "val_check_interval": 3, "limit_val_batches": 1}, {"num_generations": 3}, {}),
     "dropout": ({"max_epochs": 1}, {"model": GPT2, "disable_dropout": False, "start_up_proofs": False}, {"shuffle": True}),
     "lora": ({"max_epochs": 1}, {"peft_config": {"r": 2, "lora_dropout": 0.1}}, {}),

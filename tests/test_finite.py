@@ -43,9 +43,9 @@ class Plant(L.Callback):
 
 
 class InOutput(Plant):
-    """A value in one row of a layer's output, in training_step."""
+    """A value in one row (of a policy: one prompt with its responses) of a layer's output, in training_step."""
 
-    def __init__(self, *steps, row=2, value=math.nan, name=LAYER):
+    def __init__(self, *steps, row=1, value=math.nan, name=LAYER):
         super().__init__(*steps)
         self.row, self.value, self.name = row, value, name
 
@@ -66,7 +66,7 @@ class InOutputGradient(Plant):
     def plant(self, pl_module):
         def spoil(gradient):
             spoilt = gradient.clone()
-            spoilt[2] = math.nan
+            spoilt[1] = math.nan
             return spoilt
 
         def watch(module, given, output):
