@@ -61,7 +61,7 @@ test-soak: setup  ## by hand, half an hour: every stage killed at random and res
 .venv-trl/.set-up: requirements.lock
 	test -x .venv-trl/bin/pip || $(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" -c requirements.lock
-	.venv-trl/bin/python -m pip install trl==1.16.0 "$$(grep '^transformers==' requirements.lock)" -c requirements.lock
+	.venv-trl/bin/python -m pip install trl==1.16.0 transformers -c requirements.lock
 	touch $@
 
 bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal work, one thread; ends with the ratios
