@@ -62,6 +62,8 @@ class FiniteGuard(L.Callback):
         dirpath: folder of the saved batches; None is <default_root_dir>/nonfinite.
     """
 
+    takes_nonfinite = True  # a policy then lets a rollout of NaN come to here, where the row and the module are found
+
     def __init__(self, action: Literal["stop", "skip"] = "stop", max_consecutive: int = 3, dirpath: str | None = None) -> None:
         super().__init__()
         if action not in ("stop", "skip"):

@@ -74,6 +74,7 @@ def sample_with_logps(
     pad_token_id: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    refuse_nonfinite: bool = True,
 ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
     """Responses, their mask, and each token's log-probability in nats under the distribution it was drawn from, 0 outside the mask.
 
@@ -82,7 +83,7 @@ def sample_with_logps(
     Prompts are padded on the left. The token axis is as long as the longest response drawn. Call it in eval mode.
 
     `share` is (rank, processes): of the prompts of all processes, dealt out in turn, this one has every n-th. The draws are those of a
-    single process with all of them.
+    single process with all of them. `refuse_nonfinite` is what `draw_with_logps` does.
     """
     limit, longest = learned_positions(model), int(prompt_mask.sum(1).max())
     if limit is not None and longest + sampling.max_completion_length > limit:
@@ -113,7 +114,7 @@ def sample_with_logps(
     alive = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
 
     for step in range(sampling.max_completion_length):
-        drawn, logps[alive, step] = draw_with_logps(logits, uniforms[alive, step], sampling)
+        drawn, logps[alive, step] = draw_with_logps(logits, uniforms[alive, step], sampling, refuse_nonfinite)
         tokens[alive, step] = drawn
         going = drawn != eos_token_id
         lengths[alive[~going]] = step + 1
@@ -143,11 +144,12 @@ def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"
 
 
 def draw_with_logps(
-    logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling
+    logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling, refuse_nonfinite: bool = True
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """One token a row by inverse CDF: the first token whose cumulative probability exceeds the row's uniform draw in [0, 1).
 
     And its log-probability in nats under what is drawn from: the model's distribution at this temperature, cut by top_k and top_p.
+    Where logits are not finite: InputError, or with refuse_nonfinite=False the last token, at log-probability NaN.
 
     top_k is applied first, then top_p to what is left. Of equal logits at their edge, the choice is arbitrary.
     """
@@ -163,7 +165,7 @@ def draw_with_logps(
     weights = logits.exp()
     # in float64, so that over a vocabulary of 100,000 no rounding of the sum lets a token in that has no weight; Apple's GPUs have none
     cumulative = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
-    if not bool(cumulative[:, -1].isfinite().all()):
+    if refuse_nonfinite and not bool(cumulative[:, -1].isfinite().all()):
         raise InputError(
             "model gives logits that are not finite (NaN or infinity), so nothing can be sampled: training has diverged, or numbers "
             "overflow the dtype; lower model.lr, set trainer.gradient_clip_val to 1, or model.dtype to float32."

@@ -246,7 +246,15 @@ class PairwisePolicy(Stage):
                 pad_token_id=self.tokenizer.pad_token_id,
                 seed=self.rollout_seed if seed is None else seed,
                 share=self.share,
+                refuse_nonfinite=not self.guarded,
             )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a callback deals with rollouts that are not finite, as FiniteGuard does: it names row and module, and may go on."""
+        if self._trainer is None or not self.trainer.training:
+            return False
+        return any(getattr(item, "takes_nonfinite", False) for item in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:

@@ -181,6 +181,31 @@ def test_a_rollout_is_looked_at_before_the_start_up_proofs_stumble_over_it(tmp_p
     assert saved["module"] == "reference.model.layers.0.mlp.down_proj"
 
 
+class InSampling(Plant):
+    """A layer's output turns NaN in one row while a rollout is drawn and scored."""
+
+    def plant(self, pl_module):
+        def spoil(module, given, output):
+            if torch.is_grad_enabled() or pl_module.global_step not in self.steps or output.shape[0] == 1:
+                return output
+            spoilt = output.clone()
+            spoilt[1] = math.nan
+            return spoilt
+
+        pl_module.get_submodule(LAYER).register_forward_hook(spoil)
+
+
+def test_a_policy_that_gives_no_numbers_while_it_samples(tmp_path):
+    message, saved, _ = stops(tmp_path, InSampling(2))
+    assert saved["quantity"] == "policy log-probability" and saved["module"] == LAYER
+    assert message.startswith("step 2, batch 2: ") and 1 in saved["rows"]
+
+
+def test_without_a_guard_sampling_stops_by_itself(tmp_path):
+    with pytest.raises(InputError, match="model gives logits that are not finite"):
+        fit(tmp_path, InSampling(2))
+
+
 def test_an_infinity_is_told_from_nan(tmp_path):
     _, saved, _ = stops(tmp_path, InOutput(1, row=0, value=-math.inf, name="model.model.embed_tokens"))
     assert saved["module"] == "model.model.embed_tokens" and saved["rows"] == [0]
