@@ -15,7 +15,7 @@ FAST = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
 @pytest.fixture
 def place(p3o):
     """The folder that the command runs in has a neighbour; both are snapshotted."""
-    work = p3o.folder / "work"
+    work = p3o.folder / "here"
     work.mkdir()
     os.chdir(work)
     (work / "configs").symlink_to(Path(__file__).parent.parent / "configs")
@@ -33,13 +33,13 @@ class Place:
         return {path.relative_to(self.top).as_posix() for path in self.top.rglob("*") if "__pycache__" not in path.parts}
 
     def config(self, **sections: object) -> str:
-        (self.top / "work/mine.yaml").write_text(yaml.safe_dump(sections))
+        (self.top / "here/mine.yaml").write_text(yaml.safe_dump(sections))
         self.before = self.files()
         return "mine.yaml"
 
     def run(self, *more: object, command: str = "fit", root: str = "run"):
         ended = self.p3o(command, "--config", DEBUG, "--trainer.default_root_dir", root, *FAST, *more)
-        self.outside = {name for name in self.files() - self.before if not name.startswith("work/run")}
+        self.outside = {name for name in self.files() - self.before if not name.startswith("here/run")}
         return ended
 
     def refused(self, *more: object, **options: str) -> str:
@@ -146,7 +146,7 @@ def test_another_flag_of_the_same_text_asks_for_nothing(place):
 
 
 def test_links_are_followed(place):
-    work = place.top / "work"
+    work = place.top / "here"
     (work / "run").mkdir()
     (place.top / "target").mkdir()
     (work / "run/link").symlink_to(place.top / "target")
@@ -172,8 +172,8 @@ def test_places_within_the_folder_are_the_configs_own(place):
     }
     config = place.config(**sections)
     assert (ended := place.run("--config", config)).code == 0, ended
-    assert not place.outside and {"kept", "model", "mine"} <= {path.name for path in (place.top / "work/run").iterdir()}
-    assert place.run("--config", config, command="predict").code == 0 and (place.top / "work/run/said.jsonl").exists()
+    assert not place.outside and {"kept", "model", "mine"} <= {path.name for path in (place.top / "here/run").iterdir()}
+    assert place.run("--config", config, command="predict").code == 0 and (place.top / "here/run/said.jsonl").exists()
 
 
 def test_what_a_command_does_not_write_it_does_not_refuse(place):
@@ -184,7 +184,7 @@ def test_what_a_command_does_not_write_it_does_not_refuse(place):
     assert place.run("--config", config, "--write_outside", command="predict").code == 0 and place.outside == {"escaped"}
 
 
-@pytest.mark.parametrize("root", ["..", "/", "../..", "../work/.."])
+@pytest.mark.parametrize("root", ["..", "/", "../..", "../here/.."])
 def test_the_folder_of_a_config_is_not_the_one_above(place, root):
     config = place.config(trainer={"default_root_dir": root})
     ended = place.p3o("fit", "--config", DEBUG, *FAST, "--config", config)
@@ -212,7 +212,7 @@ def test_the_doctor_says_it_too(place):
 
 def test_names_of_rewards_are_no_paths(place):
     """They become tags of the dashboard, which are no names of files."""
-    (place.top / "work/odd_rewards.py").write_text(
+    (place.top / "here/odd_rewards.py").write_text(
         "def climb(completions, **_): return [float(len(text)) for text in completions]\nclimb.__name__ = '../../../escaped\\x1b[31m\\n'\n"
     )
     place.before = place.files()
@@ -226,6 +226,6 @@ def test_names_of_rewards_are_no_paths(place):
 
 def test_a_columns_name_is_no_path(place):
     rows = [{"prompt": f"Why {number}?", "../../escaped": "a", "/tmp/x": 1, "rejected": " No.", "chosen": " So."} for number in range(40)]
-    (place.top / "work/odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place.top / "here/odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     place.before = place.files()
     assert place.run("--data.path", "odd.jsonl").code == 0 and not place.outside

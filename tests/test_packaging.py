@@ -57,7 +57,7 @@ LAYERS = [
         "sharding",
         "sharded_checkpoints",
     },
-    {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped", "text"},
+    {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped", "text", "policy_settings"},
 ]
 CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors", "text"}
 

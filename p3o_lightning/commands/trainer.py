@@ -19,13 +19,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.optim import Optimizer
 
 import p3o_lightning.callbacks  # noqa: F401  (short names in YAML)
 from p3o_lightning import __version__
 from p3o_lightning.callbacks import CollapseAlarm, Export, FiniteGuard, KLBudget, LastCheckpoint, PredictionWriter
 from p3o_lightning.commands.arguments import Parser, ShippedConfig, causes, overview
 from p3o_lightning.commands.processes import end_together
+from p3o_lightning.commands.resuming import CommandLineWins, changed_settings, check_changes, optimizers_of
 from p3o_lightning.commands.terminal import Progress, quiet_libraries
 from p3o_lightning.commands.writing import FLAG, check_writing
 from p3o_lightning.errors import InputError
@@ -72,27 +72,6 @@ class SaveConfig(SaveConfigCallback):
 
 
 LOG_VERSION_KEY = "p3o_log_version"
-
-
-class CommandLineWins(L.Callback):
-    """On resume, the optimizer's settings are those of the config: its saved state would bring back the checkpoint's, without a word."""
-
-    def __init__(self, configured: list[Optimizer]) -> None:
-        self.configured = configured  # made of the config, never stepped
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After everything is restored. Where nothing was changed, nothing changes."""
-        for optimizer, wanted in zip(trainer.optimizers, self.configured, strict=False):
-            for group, given in zip(optimizer.param_groups, wanted.param_groups, strict=False):
-                group.update({name: value for name, value in given.items() if name not in ("params", "lr", "initial_lr")})
-                before, now = group.get("initial_lr", group["lr"]), given.get("initial_lr", given["lr"])
-                if before != now:
-                    group["lr"] = group["lr"] * now / before if before else now  # a schedule stays where it was
-                    if "initial_lr" in group:
-                        group["initial_lr"] = now
-        for config in trainer.lr_scheduler_configs:
-            if hasattr(config.scheduler, "base_lrs"):
-                config.scheduler.base_lrs = [group["initial_lr"] for group in config.scheduler.optimizer.param_groups]
 
 
 class StageCLI(LightningCLI):
@@ -212,8 +191,8 @@ class StageCLI(LightningCLI):
         if self.subcommand == "fit":
             self.resumed_step = int(checkpoint["global_step"])
             self.resumed_version = checkpoint.get(LOG_VERSION_KEY)
-            changed = _changed(checkpoint, settings)
-            _check_changes(checkpoint, changed, settings)
+            changed = changed_settings(checkpoint, settings)
+            check_changes(checkpoint, changed, settings)
             say(f"resumed from step {self.resumed_step} ({path})", flush=True)
             if changed:
                 say("changed on resume: " + ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items()), flush=True)
@@ -257,7 +236,7 @@ class StageCLI(LightningCLI):
             mine = [item for item in mine if type(item) not in map(type, callbacks)]  # trainer.callbacks has one of its own
             callbacks += [item for item in mine if not (isinstance(item, LastCheckpoint) and given.enable_checkpointing is False)]
             if self.resumed_step is not None:
-                callbacks.append(CommandLineWins(_optimizers(self.model.configure_optimizers())))
+                callbacks.append(CommandLineWins(optimizers_of(self.model.configure_optimizers())))
             if self.save_config_callback and not given.fast_dev_run:
                 callbacks.append(self.save_config_callback(self._parser(self.subcommand), self.settings, **self.save_config_kwargs))
         if self.settings.get("ckpt_path") and is_sharded(Path(self.settings.ckpt_path)) and not splits(given.strategy):
@@ -385,45 +364,6 @@ def _said_by_the_main_thread(failure: threading.ExceptHookArgs) -> None:
 def _class_of(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     return getattr(import_module(module), name)
-
-
-def _changed(checkpoint: dict[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
-    """Settings of model and data that differ from the checkpoint's: key -> (before, now)."""
-    plain = (int, float, str, bool, type(None))
-    changed = {}
-    for section, saved in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-        now = (settings.get(section) or {}).get("init_args") or {}
-        for name, before in (checkpoint.get(saved) or {}).items():
-            if name in now and isinstance(before, plain) and isinstance(now[name], plain) and before != now[name]:
-                changed[f"{section}.{name}"] = before, now[name]
-    return changed
-
-
-def _check_changes(checkpoint: dict[str, Any], changed: dict[str, tuple[Any, Any]], settings: Any) -> None:
-    """Refuse what a resumed run could not use."""
-    given = settings.ckpt_path
-    if settings.model.get("init_args", {}).get("kl_target") is not None and "model.kl_coef" in changed and "model.kl_target" not in changed:
-        before, now = changed["model.kl_coef"]
-        raise InputError(
-            f"model.kl_coef is {now}, but with model.kl_target the price of KL goes on from where {given!r} left it: leave it at {before}, "
-            "or set model.kl_target to null."
-        )
-    if all(share is None for share in checkpoint.get("p3o_experience", {}).get("pending") or []):
-        return
-    for key in ("data.batch_size", "model.micro_batch_size", "model.num_iterations"):
-        if key in changed:  # inside a rollout, what cuts it into updates must stay; at its end it may change
-            before, now = changed[key]
-            raise InputError(
-                f"{key} is {now}, but {given!r} stopped inside a rollout that was begun with {before}: resume with {before}, or "
-                "start afresh from its weights by --model.model."
-            )
-
-
-def _optimizers(configured: Any) -> list[Optimizer]:
-    """Those that `configure_optimizers` made, in the forms that our stages use; a subclass may return others, which are left alone."""
-    if isinstance(configured, dict):
-        configured = configured.get("optimizer")
-    return [configured] if isinstance(configured, Optimizer) else []
 
 
 def _sweep(fresh: list[Path], logs: Path | None) -> None:
