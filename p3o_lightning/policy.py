@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import Self
 
 from p3o_lightning import proofs
 from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
-from p3o_lightning.forwards import eval_mode, is_adapted, turn_dropout_off
-from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_with_logps
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
+from p3o_lightning.forwards import turn_dropout_off
+from p3o_lightning.generation import Sampling
+from p3o_lightning.kl_control import adapted_kl_coef
+from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
 from p3o_lightning.policy_settings import check_settings
-from p3o_lightning.rewards import Responses, RewardInput, reward_sources
-from p3o_lightning.seeds import mix
-from p3o_lightning.sharding import place_frozen, whole_weights
+from p3o_lightning.rewards import RewardInput, reward_sources
+from p3o_lightning.rollouts import SamplingPolicy
+from p3o_lightning.sharding import whole_weights
 from p3o_lightning.shared_prompts import grouped_completion_logps
-from p3o_lightning.stage import Stage
 
 
-class PairwisePolicy(Stage):
+class PairwisePolicy(SamplingPolicy):
     """A policy trained by P3O: draw K responses a prompt, score them, and push apart the log-probabilities of every pair by its reward gap.
 
     The reference is a frozen copy of the policy as it starts (with LoRA: the policy with its adapter switched off). Reference and
@@ -130,6 +124,7 @@ class PairwisePolicy(Stage):
             lr_scheduler=lr_scheduler,
             arguments=arguments,
         )
+        self.keep_reference(reference, dtype)
         self.disable_dropout = disable_dropout
         if disable_dropout:
             turn_dropout_off(self.model)
@@ -139,18 +134,13 @@ class PairwisePolicy(Stage):
         self.clipping, self.clip_range, self.clip_level = clipping, clip_range, clip_level
         self.clip_reference_length, self.cross_weight = clip_reference_length, cross_weight
         self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
-        self.dtype_name = dtype
         self.state = ExperienceState(kl_coef=kl_coef)
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
         self.one_update = False  # whether a rollout is trained on by one update: the loader knows
         self.start_up_proofs, self.fresh = start_up_proofs, False
-        self._reference_source = (reference,)  # in a tuple, so that a model given as an object is no submodule: not saved, not moved
         self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
-        self._reference: list[nn.Module] = []  # in a list, so that it is no submodule: neither saved nor optimised
-        self._reference_hash: str | None = None  # of the reference as it was made
-        self._reference_hash_saved: str | None = None  # of the one that the loaded checkpoint was trained against
 
     # ---- the algorithm
 
@@ -225,128 +215,6 @@ class PairwisePolicy(Stage):
             and all(getattr(type(self), name) is getattr(PairwisePolicy, name) for name in ("rollout_step", "sample", "policy_logps"))
         )
 
-    # ---- the parts of a rollout
-
-    def sample(
-        self, prompts: PromptBatch, seed: int | None = None
-    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
-        """K responses for each prompt and their mask, sampled EOS included; dropout off."""
-        return self.sample_with_logps(prompts, seed)[:2]
-
-    def sample_with_logps(
-        self, prompts: PromptBatch, seed: int | None = None
-    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
-        """As `sample`, and the nats of every token under the distribution that it was drawn from."""
-        with eval_mode(self.model), self.whole_weights(), float32_by_default():
-            return sample_with_logps(
-                self.model,
-                prompts.tokens,
-                prompts.attention_mask,
-                self.sampling,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                seed=self.rollout_seed if seed is None else seed,
-                share=self.share,
-                refuse_nonfinite=not self.guarded,
-            )
-
-    @property
-    def guarded(self) -> bool:
-        """Whether a callback deals with rollouts that are not finite, as FiniteGuard does: it names row and module, and may go on."""
-        if self._trainer is None or not self.trainer.training:
-            return False
-        return any(getattr(item, "takes_nonfinite", False) for item in self.trainer.callbacks)  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
-        """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
-        with eval_mode(self.model), self.whole_weights():
-            return self._in_micro_batches(self.model, *tokens_and_masks)
-
-    @torch.no_grad()
-    def reference_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
-        """Nats of every token under the reference."""
-        if self.adapter_is_policy:
-            with self.model.disable_adapter():
-                return self.policy_logps(*tokens_and_masks)
-        with eval_mode(self.model):
-            return self._in_micro_batches(self.reference, *tokens_and_masks)
-
-    def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
-        size = self.micro_batch_size or len(tokens_and_masks[0])
-        parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
-        temperature = self.sampling.temperature
-        return torch.cat([grouped_completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
-
-    def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
-        """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""
-        if self.rewards is None:
-            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
-        texts = decode_completions(self.tokenizer, tokens, mask)
-        with float32_by_default():
-            scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
-        scores = scores.to(tokens.device)
-        if self.missing_eos_penalty is not None:
-            scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
-        return scores
-
-    def ended(self, tokens: Tensor, mask: Tensor) -> Bool[Tensor, "prompt response"]:
-        """Which responses end with EOS; the others were cut off."""
-        return ((tokens == self.tokenizer.eos_token_id) & mask).any(-1)
-
-    # ---- reference and rewards: frozen, beside the module
-
-    @property
-    def own_reference(self) -> bool:
-        """Whether the reference was given, rather than being the policy as it starts."""
-        return self._reference_source[0] is not None
-
-    @property
-    def adapter_is_policy(self) -> bool:
-        """Whether the reference is the policy with its adapter switched off."""
-        return is_adapted(self.model) and not self.own_reference
-
-    @property
-    def reference(self) -> nn.Module:
-        """The frozen reference; made when first asked for, which `setup` does before anything is trained or restored."""
-        if self.adapter_is_policy:
-            return self.model
-        if not self._reference:
-            given = self._reference_source[0]
-            source = self.model if given is None else given
-            model = copy.deepcopy(source) if isinstance(source, nn.Module) else load_policy(source, self.tokenizer, self.dtype_name)
-            turn_dropout_off(model)
-            self._reference_hash = fingerprint(model)  # now: a lower precision of the Trainer's would change it later
-            self._check_reference()
-            self._reference.append(model.eval().requires_grad_(False))
-        return self._reference[0]
-
-    def _check_reference(self) -> None:
-        """Another reference than the checkpoint's would silently change the objective."""
-        if None not in (self._reference_hash, self._reference_hash_saved) and self._reference_hash != self._reference_hash_saved:
-            raise InputError(
-                "model.reference differs from the one that the checkpoint was trained against: give the same model (and seed_everything, "
-                "if it is made from scratch), or model.reference, the policy that the run started from."
-            )
-
-    def setup(self, stage: str) -> None:
-        """Freeze the reference while the policy is whole, and before the checkpoint's weights replace it."""
-        if stage == "fit" and self.rewards is None:
-            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
-        if stage != "predict" and not self.adapter_is_policy:
-            self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
-
-    def configure_model(self) -> None:
-        """As in Stage; the frozen models go to the device, or are split too."""
-        super().configure_model()
-        for model in [*self._reference, *(self.rewards.networks if self.rewards else [])]:
-            place_frozen(self.trainer.strategy, model)
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """Which rows of a batch this process holds: (rank, number of processes)."""
-        return (0, 1) if self._trainer is None else (self.global_rank, self.trainer.world_size)
-
     def wrap_train_dataloader(self, prompts: Any) -> ExperienceLoader:
         """The loader to train on, from a loader of prompts: `trainer.fit(policy, policy.wrap_train_dataloader(loader))`."""
         return prompts if isinstance(prompts, ExperienceLoader) else ExperienceLoader(prompts, self)
@@ -417,97 +285,17 @@ class PairwisePolicy(Stage):
                 self.log(short, self.state.figures[name], prog_bar=True, logger=False)
         self.log_dict(self.state.figures, logger=False)
 
-    # ---- evaluation
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/scores_std`, `val/kl`, `val/length`, ..."""
-        self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """`test/...`, as in validation."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
-        self.rollout_seed = mix(self.seed, batch_idx, 1)
-        experience = self.rollout_step(batch)
-        mask = experience.completion_mask
-        figures = {
-            f"{stage}/kl": (experience.old_logps - experience.ref_logps).mean(),
-            f"{stage}/length": mask.sum(-1).float().mean(),
-            f"{stage}/ended": self.ended(experience.completion_tokens, mask).float().mean(),
-        }
-        if experience.scores is not None:
-            figures[f"{stage}/scores"] = experience.scores.mean()
-            figures[f"{stage}/scores_std"] = experience.scores.std()  # within the batch: the scale to read a rise on
-        self.log_dict(figures, batch_size=len(batch.tokens), sync_dist=True)
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """K sampled responses for each prompt: rows {"prompt", "responses"}."""
-        tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, 2))
-        return prediction_rows(self.tokenizer, batch, tokens, mask)
-
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside weights: the pending experience of every rank, the rollout counter, the KL price, and which reference it was."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["p3o_experience"] = self.state.save()
-        checkpoint["p3o_reference"] = self._reference_hash or self._reference_hash_saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the experience state, and hold the reference to the checkpoint's, now or when it is made."""
+        """Restore the experience state, and hold the reference to the checkpoint's."""
         super().on_load_checkpoint(checkpoint)
         kl_coef = self.state.kl_coef
         self.state.load(checkpoint["p3o_experience"])
         if self.kl_target is None:
             self.state.kl_coef = kl_coef  # a fixed price is a setting, which may be changed on resume; an adaptive one is state
-        self._reference_hash_saved = checkpoint["p3o_reference"]
-        self._check_reference()
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
-        """As in Stage. The reference is the model that the run started from, where the checkpoint names it; with LoRA it is inside.
-
-        Where the run started from an object or from scratch, pass `reference` to train or evaluate on; prediction and export need none.
-        """
-        checkpoint = read_checkpoint(Path(checkpoint_path))
-        saved = checkpoint["hyper_parameters"]
-        if checkpoint[CHECKPOINT_KEY]["peft"] is None:
-            arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
-        return super().load_from_checkpoint(checkpoint_path, **arguments)
-
-
-@contextmanager
-def float32_by_default() -> Iterator[None]:
-    """Numbers that are made inside, draws and rewards, are float32: under `precision: bf16-true` Lightning makes bfloat16 the default."""
-    former = torch.get_default_dtype()
-    torch.set_default_dtype(torch.promote_types(former, torch.float32))
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(former)
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
-    """The adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): up if KL is above its target, down if below.
-
-    Args:
-        kl_coef: price of KL at the rollout, reward units per nat.
-        kl: of the rollout, nats.
-        target: nats.
-        responses: of the rollout.
-        horizon: responses over which the price changes by a factor of 1.2 at most; one rollout never counts as more.
-    """
-    if not math.isfinite(kl):  # such a rollout is left out, and must not spoil the price for good
-        return kl_coef
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * min(responses / horizon, 1))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every weight, in order: equal for equal models."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -35,7 +35,9 @@ LAYERS = [
         "generation",
         "rewards",
         "judges",
+        "rollouts",
         "experience",
+        "kl_control",
         "figures",
         "proofs",
         "data",
@@ -47,6 +49,7 @@ LAYERS = [
         "memory",
     },
     {
+        "reference",
         "stage",
         "models",
         "tokenizers",

@@ -21,7 +21,8 @@ from p3o_lightning import InputError, PairwisePolicy, SupervisedPolicy
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
-from p3o_lightning.policy import adapted_kl_coef, fingerprint
+from p3o_lightning.kl_control import adapted_kl_coef
+from p3o_lightning.reference import fingerprint
 from p3o_lightning.shared_prompts import grouped_completion_logps
 
 
@@ -363,7 +364,7 @@ def test_fingerprint_tells_any_change_of_any_dtype():
 
 
 def test_the_reference_is_hashed_once(tmp_path, monkeypatch):
-    import p3o_lightning.policy as home
+    import p3o_lightning.reference as home
 
     calls = []
     monkeypatch.setattr(home, "fingerprint", lambda model: calls.append(1) or fingerprint(model))

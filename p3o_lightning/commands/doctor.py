@@ -203,7 +203,7 @@ def check_proofs(report: Report, policy: Any = None) -> None:
 
         from p3o_lightning.commands.terminal import quiet_libraries
         from p3o_lightning.data import PreferenceDataModule
-        from p3o_lightning.policy import fingerprint
+        from p3o_lightning.reference import fingerprint
         from p3o_lightning.shipped import shipped
 
         quiet_libraries(quiet=True)

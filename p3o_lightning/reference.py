@@ -1,0 +1,117 @@
+"""The frozen policy that a policy's KL is measured from, and how it is held to be the one that the run started with."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from p3o_lightning.errors import InputError
+from p3o_lightning.forwards import is_adapted, turn_dropout_off
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
+from p3o_lightning.sharding import place_frozen
+from p3o_lightning.stage import Stage
+
+
+class ReferencedPolicy(Stage):
+    """A policy with a reference: a frozen copy of it as it starts (with LoRA: itself with its adapter switched off), or a model of its own.
+
+    The reference is no submodule: it is not trained and not saved; a checkpoint has its hash. A subclass calls `keep_reference` in its
+    constructor.
+    """
+
+    def keep_reference(self, source: ModelSource | None, dtype: str) -> None:
+        """Remember what the reference is to be made of; None is the policy as it starts."""
+        self._reference_source = (source,)  # in a tuple, so that a model given as an object is no submodule: not saved, not moved
+        self._reference_dtype = dtype
+        self._reference: list[nn.Module] = []  # in a list, so that it is no submodule: neither saved nor optimised
+        self._reference_hash: str | None = None  # of the reference as it was made
+        self._reference_hash_saved: str | None = None  # of the one that the loaded checkpoint was trained against
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the reference was given, rather than being the policy as it starts."""
+        return self._reference_source[0] is not None
+
+    @property
+    def adapter_is_policy(self) -> bool:
+        """Whether the reference is the policy with its adapter switched off."""
+        return is_adapted(self.model) and not self.own_reference
+
+    @property
+    def reference(self) -> nn.Module:
+        """The frozen reference; made when first asked for, which `setup` does before anything is trained or restored."""
+        if self.adapter_is_policy:
+            return self.model
+        if not self._reference:
+            given = self._reference_source[0]
+            source = self.model if given is None else given
+            model = copy.deepcopy(source) if isinstance(source, nn.Module) else load_policy(source, self.tokenizer, self._reference_dtype)
+            turn_dropout_off(model)
+            self._reference_hash = fingerprint(model)  # now: a lower precision of the Trainer's would change it later
+            self._check_reference()
+            self._reference.append(model.eval().requires_grad_(False))
+        return self._reference[0]
+
+    def _check_reference(self) -> None:
+        """Another reference than the checkpoint's would silently change the objective."""
+        if None not in (self._reference_hash, self._reference_hash_saved) and self._reference_hash != self._reference_hash_saved:
+            raise InputError(
+                "model.reference differs from the one that the checkpoint was trained against: give the same model (and seed_everything, "
+                "if it is made from scratch), or model.reference, the policy that the run started from."
+            )
+
+    # ---- Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Freeze the reference while the policy is whole, and before the checkpoint's weights replace it."""
+        if stage != "predict" and not self.adapter_is_policy:
+            self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """The models beside the trained one."""
+        return [*self._reference]
+
+    def configure_model(self) -> None:
+        """As in Stage; the frozen models go to the device, or are split too."""
+        super().configure_model()
+        for model in self.frozen_models:
+            place_frozen(self.trainer.strategy, model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in Stage, and which reference it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["p3o_reference"] = self._reference_hash or self._reference_hash_saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in Stage; hold the reference to the checkpoint's, now or when it is made."""
+        super().on_load_checkpoint(checkpoint)
+        self._reference_hash_saved = checkpoint["p3o_reference"]
+        self._check_reference()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+        """As in Stage. The reference is the model that the run started from, where the checkpoint names it; with LoRA it is inside.
+
+        Where the run started from an object or from scratch, pass `reference` to train or evaluate on; prediction and export need none.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path))
+        saved = checkpoint["hyper_parameters"]
+        if checkpoint[CHECKPOINT_KEY]["peft"] is None:
+            arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
+        return super().load_from_checkpoint(checkpoint_path, **arguments)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of every weight, in order: equal for equal models."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

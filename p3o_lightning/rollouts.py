@@ -1,0 +1,163 @@
+"""A policy at work: it samples responses, knows their log-probabilities under itself and its reference, and has them scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from p3o_lightning.batches import Experience, PromptBatch
+from p3o_lightning.errors import InputError
+from p3o_lightning.forwards import eval_mode
+from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_with_logps
+from p3o_lightning.reference import ReferencedPolicy
+from p3o_lightning.rewards import Responses, RewardSum
+from p3o_lightning.seeds import mix
+from p3o_lightning.shared_prompts import grouped_completion_logps
+
+
+class SamplingPolicy(ReferencedPolicy):
+    """The parts that a rollout is made of, and evaluation by the same parts; a subclass sets what is declared here in its constructor."""
+
+    sampling: Sampling
+    rewards: RewardSum | None
+    micro_batch_size: int | None  # prompts in one forward
+    missing_eos_penalty: float | None
+    seed: int
+    rollout_seed: int  # set anew before every rollout, a function of (seed, rollout)
+    rollout_rewards: dict[str, Tensor]  # each reward source's own scores of the latest rollout
+
+    def rollout_step(self, prompts: PromptBatch) -> Experience:
+        """Responses to the prompts, and what training on them needs to know."""
+        raise NotImplementedError
+
+    # ---- the parts of a rollout
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which rows of a batch this process holds: (rank, number of processes)."""
+        return (0, 1) if self._trainer is None else (self.global_rank, self.trainer.world_size)
+
+    def sample(
+        self, prompts: PromptBatch, seed: int | None = None
+    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"]]:
+        """K responses for each prompt and their mask, sampled EOS included; dropout off."""
+        return self.sample_with_logps(prompts, seed)[:2]
+
+    def sample_with_logps(
+        self, prompts: PromptBatch, seed: int | None = None
+    ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
+        """As `sample`, and the nats of every token under the distribution that it was drawn from."""
+        with eval_mode(self.model), self.whole_weights(), float32_by_default():
+            return sample_with_logps(
+                self.model,
+                prompts.tokens,
+                prompts.attention_mask,
+                self.sampling,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                seed=self.rollout_seed if seed is None else seed,
+                share=self.share,
+                refuse_nonfinite=not self.guarded,
+            )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a callback deals with rollouts that are not finite, as FiniteGuard does: it names row and module, and may go on."""
+        if self._trainer is None or not self.trainer.training:
+            return False
+        return any(getattr(item, "takes_nonfinite", False) for item in self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
+        """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
+        with eval_mode(self.model), self.whole_weights():
+            return self._in_micro_batches(self.model, *tokens_and_masks)
+
+    @torch.no_grad()
+    def reference_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
+        """Nats of every token under the reference."""
+        if self.adapter_is_policy:
+            with self.model.disable_adapter():
+                return self.policy_logps(*tokens_and_masks)
+        with eval_mode(self.model):
+            return self._in_micro_batches(self.reference, *tokens_and_masks)
+
+    def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
+        size = self.micro_batch_size or len(tokens_and_masks[0])
+        parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
+        temperature = self.sampling.temperature
+        return torch.cat([grouped_completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
+
+    def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
+        """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""
+        if self.rewards is None:
+            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
+        texts = decode_completions(self.tokenizer, tokens, mask)
+        with float32_by_default():
+            scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
+        scores = scores.to(tokens.device)
+        if self.missing_eos_penalty is not None:
+            scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
+        return scores
+
+    def ended(self, tokens: Tensor, mask: Tensor) -> Bool[Tensor, "prompt response"]:
+        """Which responses end with EOS; the others were cut off."""
+        return ((tokens == self.tokenizer.eos_token_id) & mask).any(-1)
+
+    # ---- frozen models beside the module
+
+    def setup(self, stage: str) -> None:
+        """As in ReferencedPolicy; a fit needs rewards."""
+        if stage == "fit" and self.rewards is None:
+            raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
+        super().setup(stage)
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """Reference and reward models."""
+        return [*super().frozen_models, *(self.rewards.networks if self.rewards else [])]
+
+    # ---- evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample from the held-out prompts, the same draws every time: `val/scores`, `val/scores_std`, `val/kl`, `val/length`, ..."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """`test/...`, as in validation."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int, stage: str) -> None:
+        self.rollout_seed = mix(self.seed, batch_idx, 1)
+        experience = self.rollout_step(batch)
+        mask = experience.completion_mask
+        figures = {
+            f"{stage}/kl": (experience.old_logps - experience.ref_logps).mean(),
+            f"{stage}/length": mask.sum(-1).float().mean(),
+            f"{stage}/ended": self.ended(experience.completion_tokens, mask).float().mean(),
+        }
+        if experience.scores is not None:
+            figures[f"{stage}/scores"] = experience.scores.mean()
+            figures[f"{stage}/scores_std"] = experience.scores.std()  # within the batch: the scale to read a rise on
+        self.log_dict(figures, batch_size=len(batch.tokens), sync_dist=True)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """K sampled responses for each prompt: rows {"prompt", "responses"}."""
+        tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, 2))
+        return prediction_rows(self.tokenizer, batch, tokens, mask)
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Numbers that are made inside, draws and rewards, are float32: under `precision: bf16-true` Lightning makes bfloat16 the default."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(former, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
