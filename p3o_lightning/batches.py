@@ -51,6 +51,7 @@ class Experience(NamedTuple):
     ref_token_logps: Float[Tensor, "prompt response token"]  # nats under the reference; 0 outside the mask
     scores: Float[Tensor, "prompt response"] | None = None  # reward units, KL not included
     gaps: Float[Tensor, "prompt response response"] | None = None  # a judge's antisymmetric gaps; where given, the loss reads them alone
+    values: Float[Tensor, "prompt response token"] | None = None  # ppo: the critic's before each token, reward units; 0 outside the mask
 
     @property
     def old_logps(self) -> Float[Tensor, "prompt response"]:

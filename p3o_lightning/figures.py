@@ -7,6 +7,7 @@ from torch import Tensor
 
 from p3o_lightning.batches import Experience
 from p3o_lightning.objectives import P3OTerms, kl_estimates
+from p3o_lightning.relative_terms import RelativeTerms
 
 
 def rollout_figures(
@@ -46,20 +47,26 @@ def rollout_figures(
     return figures | {f"rewards/{name}/mean": scores.mean() for name, scores in rewards.items()}
 
 
-def update_figures(terms: P3OTerms) -> dict[str, Tensor]:
+def update_figures(terms: P3OTerms | RelativeTerms) -> dict[str, Tensor]:
     """What one micro-batch's loss says of the update it belongs to."""
-    return {
+    figures = {
         "policy/clipfrac_avg": terms.clip_fraction,
         "policy/approxkl_avg": terms.approx_kl,
         "val/ratio": terms.ratio_mean,
         "val/ratio_var": terms.ratio_var,
-        "p3o/q_mean": terms.q_mean,
-        "p3o/q_abs": terms.q_abs,
         "p3o/gap_logratio": terms.gap_logratio,
-        "p3o/joint_weight_max": terms.joint_weight_max,
-        "p3o/pair_clipfrac": terms.clip_fraction,
         "p3o/tie_rate": terms.tie_rate,
     }
+    if isinstance(terms, P3OTerms):
+        return figures | {
+            "p3o/q_mean": terms.q_mean,
+            "p3o/q_abs": terms.q_abs,
+            "p3o/joint_weight_max": terms.joint_weight_max,
+            "p3o/pair_clipfrac": terms.clip_fraction,
+        }
+    of_critic = {"loss/policy_avg": terms.policy_loss, "loss/value_avg": terms.value_loss, "val/clipfrac_avg": terms.value_clip_fraction}
+    figures["policy/advantage_abs"] = terms.advantage_abs
+    return figures | {name: value for name, value in of_critic.items() if value is not None}
 
 
 def duplicate_rate(tokens: Int[Tensor, "prompt response token"], mask: Bool[Tensor, "prompt response token"]) -> Float[Tensor, ""]:

@@ -1,8 +1,8 @@
-"""Stage 3: a policy improved by comparing its own responses (P3O, Pairwise Proximal Policy Optimization, arXiv 2310.00212)."""
+"""Stage 3: a policy improved by comparing its responses: P3O, Pairwise Proximal Policy Optimization (arXiv 2310.00212), or a relative."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,19 +13,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning import proofs
+from p3o_lightning.baselines import OBJECTIVES as RELATIVES
 from p3o_lightning.batches import Experience, PromptBatch
+from p3o_lightning.critic import Critic, hidden_states
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
-from p3o_lightning.forwards import turn_dropout_off
+from p3o_lightning.forwards import eval_mode, turn_dropout_off
 from p3o_lightning.generation import Sampling
 from p3o_lightning.kl_control import adapted_kl_coef
 from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
-from p3o_lightning.policy_settings import check_settings
+from p3o_lightning.policy_settings import check_settings, settings_of_relative
+from p3o_lightning.relative_terms import RelativeTerms
 from p3o_lightning.rewards import RewardInput, reward_sources
 from p3o_lightning.rollouts import SamplingPolicy
-from p3o_lightning.sharding import whole_weights
+from p3o_lightning.sharding import prepare_split, whole_weights
 from p3o_lightning.shared_prompts import grouped_completion_logps
 
 
@@ -41,7 +44,10 @@ class PairwisePolicy(SamplingPolicy):
             dotted name; or a list of these.
         reward_weights: one factor for each of reward_funcs; None is 1 each.
         reference: model source of the reference; None copies the policy as it is when it is first fitted or evaluated.
-        objective: "p3o".
+        objective: "p3o", or a relative of it, as its own paper has it: rloo, grpo, dr_grpo, gspo, reinforce, ppo (with a critic),
+            online_dpo, online_ipo, rebel, copg. docs/algorithm.md says what each computes, and what kl_coef is the price of in it.
+        objective_settings: what a relative has of its own, e.g. {gae_lambda: 0.95, vf_coef: 1.0} of ppo, {eta: 1.0} of rebel: the arguments
+            of the function of its name in p3o_lightning.baselines. Settings whose help names p3o are not read by the relatives.
         num_generations: K, responses drawn for each prompt; the loss takes all pairs.
         num_iterations: passes over the experience of one rollout.
         micro_batch_size: prompts (with all their responses) in one forward and backward; None is data.batch_size.
@@ -49,17 +55,17 @@ class PairwisePolicy(SamplingPolicy):
         temperature: divides the logits when sampling and when scoring alike.
         top_p: nucleus sampling; 1 = off. Below 1 the sampler is no longer the policy that is scored.
         top_k: sample among this many tokens; 0 = off. As top_p.
-        clipping: "joint" boxes the pair's log-odds (P3O-V2), "separate" each ratio (P3O-V1).
-        clip_range: half-width of the box: nats (joint), or ratio around 1 (separate); 0.2 in the authors' code.
-        clip_level: "sequence" boxes whole responses, "token" each token's log-probability.
-        clip_reference_length: tokens at which clip_range holds; it then grows with sqrt(length). None: the same at every length.
-        weight_cap: importance weights are cut to [1/cap, cap]; 10 in the authors' code.
-        cross_weight: "separate" only: weigh each response by the other's ratio, as the authors do.
+        clipping: p3o: "joint" boxes the pair's log-odds (P3O-V2), "separate" each ratio (P3O-V1).
+        clip_range: half-width of the box: nats (joint), or ratio around 1 (others). None: 0.2, as in the authors' code; gspo 0.0003.
+        clip_level: p3o: "sequence" boxes whole responses, "token" each token's log-probability.
+        clip_reference_length: p3o: tokens at which clip_range holds; it then grows with sqrt(length). None: the same at every length.
+        weight_cap: p3o: importance weights are cut to [1/cap, cap]; 10 in the authors' code.
+        cross_weight: p3o, "separate" only: weigh each response by the other's ratio, as the authors do.
         kl_coef: price of leaving the reference, in reward units per nat; 0.05 in the authors' code.
         kl_target: nats of KL that an adaptive kl_coef, which then must start above 0, steers to; None keeps kl_coef fixed.
         kl_horizon: responses over which the adaptive kl_coef may change by a factor of about 1.2.
-        kl_source: "current" takes the KL part at the policy being trained, "rollout" at the one that sampled.
-        gap_scale: "rms" divides each pair's gap by the micro-batch's root mean square reward gap; None leaves it.
+        kl_source: p3o: "current" takes the KL part at the policy being trained, "rollout" at the one that sampled.
+        gap_scale: p3o: "rms" divides each pair's gap by the micro-batch's root mean square reward gap; None leaves it.
         missing_eos_penalty: subtracted from the score of a response that was cut off, in reward units.
         disable_dropout: keep dropout off in training too, so that the first update sees the ratio 1.
         start_up_proofs: check before the first update what would make a run go wrong in silence: see p3o_lightning.proofs.
@@ -81,7 +87,10 @@ class PairwisePolicy(SamplingPolicy):
         reward_weights: list[float] | None = None,
         *,
         reference: ModelSource | None = None,
-        objective: Literal["p3o"] = "p3o",
+        objective: Literal[
+            "p3o", "rloo", "grpo", "dr_grpo", "gspo", "reinforce", "ppo", "online_dpo", "online_ipo", "rebel", "copg"
+        ] = "p3o",
+        objective_settings: dict[str, Any] | None = None,
         num_generations: int = 2,
         num_iterations: int = 1,
         micro_batch_size: int | None = None,
@@ -90,7 +99,7 @@ class PairwisePolicy(SamplingPolicy):
         top_p: float = 1.0,
         top_k: int = 0,
         clipping: Literal["joint", "separate"] = "joint",
-        clip_range: float = 0.2,
+        clip_range: float | None = None,
         clip_level: Literal["sequence", "token"] = "sequence",
         clip_reference_length: int | None = None,
         weight_cap: float = 10.0,
@@ -130,8 +139,11 @@ class PairwisePolicy(SamplingPolicy):
             turn_dropout_off(self.model)
         self.sampling = Sampling(num_generations, max_completion_length, temperature, top_p, top_k)
         self.num_iterations, self.micro_batch_size, self.seed = num_iterations, micro_batch_size, seed
+        self.objective, self.objective_settings = objective, settings_of_relative(arguments)
+        self.critic = Critic(self.model) if objective == "ppo" else None
         self.loss_settings: dict[str, Any] = {"weight_cap": weight_cap, "kl_source": kl_source, "gap_scale": gap_scale}
-        self.clipping, self.clip_range, self.clip_level = clipping, clip_range, clip_level
+        self.clipping, self.clip_level = clipping, clip_level
+        self.clip_range = 0.2 if clip_range is None else clip_range
         self.clip_reference_length, self.cross_weight = clip_reference_length, cross_weight
         self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
         self.state = ExperienceState(kl_coef=kl_coef)
@@ -151,6 +163,9 @@ class PairwisePolicy(SamplingPolicy):
         else:
             tokens, mask = self.sample(prompts)
             old_token_logps = self.policy_logps(prompts.tokens, prompts.attention_mask, tokens, mask)
+        values = None
+        if self.critic is not None and self.needs_values:
+            values = self.policy_values(prompts.tokens, prompts.attention_mask, tokens, mask)
         return Experience(
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.attention_mask,
@@ -159,27 +174,35 @@ class PairwisePolicy(SamplingPolicy):
             old_token_logps=old_token_logps,
             ref_token_logps=self.reference_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
             scores=self.score(prompts, tokens, mask),
+            values=values,
         )
 
     def training_step(self, batch: Experience, batch_idx: int) -> STEP_OUTPUT:
-        """The P3O loss of one micro-batch of pairs."""
+        """The loss of one micro-batch of whole groups of responses."""
         if not isinstance(batch, Experience):
             raise InputError(
                 "the training loader yields prompts, not experience: use trainer.fit(policy, policy.wrap_train_dataloader(loader)), "
                 "or a PreferenceDataModule, which does it."
             )
         batch = self.unrounded(batch)
-        tokens_and_masks = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
-        token_logps = grouped_completion_logps(self.model, *tokens_and_masks, self.sampling.temperature)
+        token_logps, values = self.logps_and_values(batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
         if self.old_is_current:
-            batch = batch._replace(old_token_logps=token_logps.detach())
-        terms = self.loss(token_logps, batch)
+            batch = batch._replace(old_token_logps=token_logps.detach(), values=None if values is None else values.detach())
+        terms = self.loss(token_logps, batch) if values is None else self.loss(token_logps, batch, values)
         self.prove_start(token_logps, batch, terms)
         self.log_update(terms)
         return terms.loss
 
-    def loss(self, token_logps: Float[Tensor, "prompt response token"], batch: Experience) -> P3OTerms:
-        """Clipped pairwise loss on whole responses, or with each token's log-probability clipped."""
+    def loss(
+        self,
+        token_logps: Float[Tensor, "prompt response token"],
+        batch: Experience,
+        values: Float[Tensor, "prompt response token"] | None = None,
+    ) -> P3OTerms | RelativeTerms:
+        """P3O: clipped pairwise loss on whole responses, or with each token's log-probability clipped. Or the loss of the relative."""
+        if self.objective != "p3o":
+            of_critic = {} if values is None else {"values": values}
+            return RELATIVES[self.objective](token_logps, batch, kl_coef=self.state.kl_coef, **self.objective_settings, **of_critic)
         clip_range: Any = self.clip_range
         if self.clip_reference_length is not None:
             clip_range = sqrt_length_clip_range(self.clip_range, batch.completion_mask.sum(-1), self.clip_reference_length)
@@ -201,8 +224,8 @@ class PairwisePolicy(SamplingPolicy):
     def old_is_current(self) -> bool:
         """Whether the policy that samples is the one that every micro-batch of the rollout is trained on: there is one update a rollout.
 
-        The training forward then gives the old log-probabilities too, exact in any precision, and no forward is made for them; those of the
-        sampler serve the figures. Not before the first update, where the start-up proofs compare both, nor with dropout, nor where
+        The training forward then gives the old log-probabilities and values too, exact in any precision, and no forward is made for them;
+        the sampler's serve the figures. Not before the first update, where the start-up proofs compare both, nor with dropout, nor where
         the rollout is of the user's own, or the sampler is cut by top_p or top_k.
         """
         return (
@@ -214,6 +237,49 @@ class PairwisePolicy(SamplingPolicy):
             and self.sampling.top_k == 0
             and all(getattr(type(self), name) is getattr(PairwisePolicy, name) for name in ("rollout_step", "sample", "policy_logps"))
         )
+
+    # ---- the critic of PPO
+
+    def logps_and_values(
+        self, prompt_tokens: Tensor, prompt_mask: Tensor, completion_tokens: Tensor, completion_mask: Tensor
+    ) -> tuple[Float[Tensor, "prompt response token"], Float[Tensor, "prompt response token"] | None]:
+        """One forward of the policy: nats of every token, and the critic's value before it where there is a critic."""
+        given = (self.model, prompt_tokens, prompt_mask, completion_tokens, completion_mask, self.sampling.temperature)
+        if self.critic is None:
+            return grouped_completion_logps(*given), None
+        with hidden_states(self.model) as seen:
+            logps = grouped_completion_logps(*given)
+        return logps, self.critic(seen[-1], prompt_tokens.shape[1], completion_mask)
+
+    @torch.no_grad()
+    def policy_values(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
+        """The critic's values before every token, computed as `training_step` computes them; reward units."""
+        with eval_mode(self.model), self.whole_weights():
+            return torch.cat([self.logps_and_values(*part)[1] for part in self.micro_batches(*tokens_and_masks)])  # type: ignore[misc]
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether a rollout is to be trained on by more than one update, or by the user's own hand; evaluation needs no values."""
+        return self._trainer is None or (self.trainer.training and not self.old_is_current)
+
+    def configure_model(self) -> None:
+        """As in SamplingPolicy; the critic is split where the policy is."""
+        super().configure_model()
+        if self.critic is not None:
+            prepare_split(self.trainer.strategy, self.critic)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *given: Any, **options: Any) -> Any:
+        """As torch's; a critic cannot be made up, nor left out."""
+        saved = any(name.startswith("critic.") for name in state_dict)
+        if saved != (self.critic is not None):
+            raise InputError(
+                f"the checkpoint was trained with{'' if saved else 'out'} a critic, but model.objective is {self.objective!r}: "
+                f"{'choose ppo' if saved else 'choose the objective that it was trained with'}, or give the checkpoint as model.model to "
+                "start a new run from its policy."
+            )
+        return super().load_state_dict(state_dict, *given, **options)
+
+    # ---- experience
 
     def wrap_train_dataloader(self, prompts: Any) -> ExperienceLoader:
         """The loader to train on, from a loader of prompts: `trainer.fit(policy, policy.wrap_train_dataloader(loader))`."""
@@ -250,7 +316,7 @@ class PairwisePolicy(SamplingPolicy):
             for source in self.rewards.sources:
                 proofs.prove_reward_reads_eos(source, prompts, reply, self.tokenizer)
 
-    def prove_start(self, token_logps: Tensor, batch: Experience, terms: P3OTerms) -> None:
+    def prove_start(self, token_logps: Tensor, batch: Experience, terms: P3OTerms | RelativeTerms) -> None:
         """Prove masks, KL = 0, ratio = 1 and clip fraction = 0 on the micro-batches of the first update."""
         if not self.proving:
             return
@@ -277,7 +343,7 @@ class PairwisePolicy(SamplingPolicy):
             kl = self.state.figures["objective/kl"]
             self.state.kl_coef = adapted_kl_coef(self.state.kl_coef, kl, self.kl_target, responses, self.kl_horizon)
 
-    def log_update(self, terms: P3OTerms) -> None:
+    def log_update(self, terms: P3OTerms | RelativeTerms) -> None:
         """Log the figures of an update; those of its rollout are handed to the progress bar and to what monitors them."""
         self.log_dict(self.over_processes({"loss": terms.loss, **update_figures(terms)}))
         for short, name in (("score", "objective/scores"), ("kl", "objective/kl")):

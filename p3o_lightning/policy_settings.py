@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
+
+from p3o_lightning.baselines import OBJECTIVES as RELATIVES
+from p3o_lightning.batches import Experience
 from p3o_lightning.errors import InputError
+
+_NOT_SETTINGS = ("token_logps", "experience", "values", "kl_coef", "clip_range")  # given by PairwisePolicy
+_OF_P3O = {
+    "clipping": "joint",
+    "clip_level": "sequence",
+    "clip_reference_length": None,
+    "weight_cap": 10.0,
+    "cross_weight": True,
+    "kl_source": "current",
+    "gap_scale": None,
+}  # at rest
 
 
 def check_settings(given: dict[str, Any]) -> None:
@@ -13,7 +29,7 @@ def check_settings(given: dict[str, Any]) -> None:
         ("num_generations", given["num_generations"] >= 2, "at least 2 responses a prompt, since the loss compares them"),
         ("num_iterations", given["num_iterations"] >= 1, "at least 1 pass over a rollout"),
         ("micro_batch_size", given["micro_batch_size"] is None or given["micro_batch_size"] >= 1, "at least 1 prompt, or null"),
-        ("clip_range", given["clip_range"] > 0, "a number above 0, e.g. 0.2"),
+        ("clip_range", given["clip_range"] is None or given["clip_range"] > 0, "a number above 0, e.g. 0.2"),
         (
             "clip_reference_length",
             given["clip_reference_length"] is None or given["clip_reference_length"] >= 1,
@@ -29,7 +45,7 @@ def check_settings(given: dict[str, Any]) -> None:
         ("kl_target", given["kl_target"] is None or given["kl_target"] > 0, "a number of nats above 0, or null for a fixed kl_coef"),
         ("kl_coef", given["kl_target"] is None or given["kl_coef"] > 0, "a price above 0 for kl_target to steer, e.g. 0.05"),
         ("kl_horizon", given["kl_horizon"] >= 1, "a number of responses of at least 1"),
-        ("objective", given["objective"] == "p3o", "p3o"),
+        ("objective", given["objective"] == "p3o" or given["objective"] in RELATIVES, f"one of p3o, {', '.join(RELATIVES)}"),
         ("clipping", given["clipping"] in ("joint", "separate"), "joint or separate"),
         ("clip_level", given["clip_level"] in ("sequence", "token"), "sequence or token"),
         ("kl_source", given["kl_source"] in ("current", "rollout"), "current or rollout"),
@@ -37,3 +53,56 @@ def check_settings(given: dict[str, Any]) -> None:
     ):
         if not valid:
             raise InputError(f"model.{name} is {given[name]!r}: choose {wanted}.")
+    _check_objective(given)
+
+
+def settings_of_relative(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the objective's function that do not change from batch to batch; of p3o, none."""
+    objective, settings = given["objective"], dict(given["objective_settings"] or {})
+    if objective == "dr_grpo":
+        settings.setdefault("divisor", given["max_completion_length"])
+    if given["clip_range"] is not None and objective != "p3o":
+        settings["clip_range"] = given["clip_range"]
+    return settings
+
+
+def _check_objective(given: dict[str, Any]) -> None:
+    """What only P3O reads is at rest in a relative; what a relative is given of its own, it takes, and by value."""
+    objective, settings = given["objective"], given["objective_settings"] or {}
+    taken = [] if objective == "p3o" else list(inspect.signature(RELATIVES[objective]).parameters)
+    own = [name for name in taken if name not in _NOT_SETTINGS]
+    for name in settings:
+        if name not in own:
+            fix = f"it takes {', '.join(own)}" if own else "it takes none, remove it"
+            raise InputError(f"model.objective_settings has {name!r}, which objective {objective} does not take: {fix}.")
+    if objective == "p3o":
+        return
+    for name, rest in _OF_P3O.items():
+        if given[name] != rest:
+            raise InputError(f"model.{name} is {given[name]!r}, which objective {objective} does not read: remove it, or choose p3o.")
+    if given["clip_range"] is not None and "clip_range" not in taken:
+        raise InputError(f"model.clip_range is {given['clip_range']!r}, but objective {objective} clips nothing: remove it.")
+    _try_out(given)
+
+
+def _try_out(given: dict[str, Any]) -> None:
+    """Compute the loss of two made-up responses: the function itself says which values it refuses."""
+    one = torch.zeros(1, 2, 1)
+    made_up = Experience(
+        prompt_tokens=torch.zeros(1, 1, dtype=torch.long),
+        prompt_mask=torch.ones(1, 1, dtype=torch.bool),
+        completion_tokens=torch.zeros(1, 2, 1, dtype=torch.long),
+        completion_mask=torch.ones(1, 2, 1, dtype=torch.bool),
+        old_token_logps=one,
+        ref_token_logps=one,
+        scores=torch.zeros(1, 2),
+        values=one,
+    )
+    values = {"values": one} if given["objective"] == "ppo" else {}
+    try:
+        RELATIVES[given["objective"]](one, made_up, kl_coef=given["kl_coef"], **settings_of_relative(given), **values)
+    except InputError as error:
+        at = "" if str(error).startswith(("kl_coef", "clip_range ")) else "objective_settings."
+        raise InputError(f"model.{at}{error}") from error
+    except TypeError as error:  # a string for a number
+        raise InputError(f"model.objective_settings is {given['objective_settings']!r}, which does not compute: {error}.") from error

@@ -88,10 +88,13 @@ class SamplingPolicy(ReferencedPolicy):
             return self._in_micro_batches(self.reference, *tokens_and_masks)
 
     def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
-        size = self.micro_batch_size or len(tokens_and_masks[0])
-        parts = zip(*(tensor.split(size) for tensor in tokens_and_masks), strict=True)
         temperature = self.sampling.temperature
+        parts = self.micro_batches(*tokens_and_masks)
         return torch.cat([grouped_completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
+
+    def micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The tensors in pieces of as many prompts as training takes at once."""
+        return zip(*(tensor.split(self.micro_batch_size or len(tensor)) for tensor in tensors), strict=True)
 
     def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
         """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""

@@ -106,7 +106,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with betas (0.9, 0.95) and no weight decay unless `optimizer` says otherwise; the schedule steps once an update."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = (
             torch.optim.AdamW(trainable, self.lr, betas=(0.9, 0.95), weight_decay=0.0)
             if self.optimizer is None

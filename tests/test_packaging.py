@@ -50,6 +50,7 @@ LAYERS = [
     },
     {
         "reference",
+        "critic",
         "stage",
         "models",
         "tokenizers",
@@ -60,7 +61,19 @@ LAYERS = [
         "sharding",
         "sharded_checkpoints",
     },
-    {"objectives", "baselines", "sequences", "batches", "seeds", "errors", "shipped", "text", "policy_settings"},
+    {
+        "objectives",
+        "baselines",
+        "ppo",
+        "relative_terms",
+        "sequences",
+        "batches",
+        "seeds",
+        "errors",
+        "shipped",
+        "text",
+        "policy_settings",
+    },
 ]
 CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors", "text"}
 

@@ -514,7 +514,7 @@ def test_duplicate_rate_by_hand():
         ({"kl_horizon": 0}, "model.kl_horizon is 0"),
         ({"clip_reference_length": 0}, "model.clip_reference_length is 0"),
         ({"missing_eos_penalty": -1.0}, "model.missing_eos_penalty is -1.0"),
-        ({"objective": "ppo"}, "model.objective is 'ppo'"),
+        ({"objective": "sppo"}, "model.objective is 'sppo': choose one of p3o, rloo, grpo"),
         ({"clipping": "both"}, "model.clipping is 'both': choose joint or separate"),
         ({"clip_level": "word"}, "model.clip_level is 'word'"),
         ({"kl_source": "now"}, "model.kl_source is 'now'"),
