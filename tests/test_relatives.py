@@ -133,7 +133,7 @@ def test_one_update_a_rollout_needs_no_forward_for_what_is_old_and_is_the_same_t
 def test_accumulated_micro_batches_are_one_batch(objective, tmp_path):
     after = []
     for size, accumulate in ((4, 1), (2, 2)):
-        sgd = lambda parameters: torch.optim.SGD(parameters, 0.2)  # noqa: E731
+        sgd = lambda parameters: torch.optim.SGD(parameters, 0.02)  # noqa: E731
         module = of(objective, optimizer=sgd, kl_coef=0.5, micro_batch_size=size, num_iterations=2)
         run = trainer(tmp_path, max_steps=4, accumulate_grad_batches=accumulate)
         run.fit(module, module.wrap_train_dataloader(prompts()))
