@@ -11,13 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks.checkpoint import LastCheckpoint
+from p3o_lightning.callbacks.rollouts import pair_gaps, rollout_state
 from p3o_lightning.errors import InputError, Stopped
-
-
-def rollout_state(pl_module: Any) -> Any:
-    """The experience state of a stage that makes rollouts; None elsewhere."""
-    state = getattr(pl_module, "state", None)
-    return state if hasattr(state, "figures") and hasattr(state, "rollouts") else None
 
 
 class KLBudget(L.Callback):
@@ -120,10 +115,8 @@ class CollapseAlarm(L.Callback):
 
 def tie_rate(experience: Experience) -> float:
     """Share of the pairs whose rewards are exactly equal."""
-    gaps = experience.gaps
+    gaps = pair_gaps(experience)
     if gaps is None:
-        if experience.scores is None:
-            return 0.0
-        gaps = experience.scores.unsqueeze(2) - experience.scores.unsqueeze(1)
+        return 0.0
     first, second = torch.triu_indices(gaps.shape[1], gaps.shape[1], 1)
     return float((gaps[:, first, second] == 0).float().mean())

@@ -97,18 +97,10 @@ class LastCheckpoint(Checkpoint):
         """Write aside. Collective: every rank calls it."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        aside, given = self._aside(trainer), trainer.strategy.checkpoint_io
-        if trainer.is_global_zero:
-            _discard(aside)  # of a run that was killed
-        trainer.strategy.barrier()
-        if type(given) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = _ToTheFile()
         try:
-            trainer.save_checkpoint(aside, weights_only=False)  # False: optimizer and progress too
+            write_aside(trainer, self._aside(trainer))
         except OSError as error:
             raise self._unwritable(trainer, error) from error
-        finally:
-            trainer.strategy.checkpoint_io = given
         self.written = trainer.global_step
 
     def save(self, trainer: L.Trainer) -> None:
@@ -120,7 +112,7 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             try:
-                _put(self._aside(trainer), self.path(trainer), self.written)
+                put(self._aside(trainer), self.path(trainer), self.written)
             except OSError as error:
                 raise self._unwritable(trainer, error) from error
         trainer.strategy.barrier()
@@ -147,7 +139,7 @@ class LastCheckpoint(Checkpoint):
 
     def _unwritable(self, trainer: L.Trainer, error: OSError) -> InputError:
         path = self.path(trainer)
-        _discard(self._aside(trainer))
+        discard(self._aside(trainer))
         former = f"--ckpt_path last goes on from step {self.saved_step}" if path.exists() else "nothing was saved yet"
         return InputError(
             f"checkpoint.dirpath is {str(path.parent)!r}, where no checkpoint can be written ({error.strerror or error}): make room there; "
@@ -170,20 +162,35 @@ class LastCheckpoint(Checkpoint):
             signal.signal(*self._former.popitem())
 
 
-def _put(aside: Path, path: Path, step: int) -> None:
+def write_aside(trainer: L.Trainer, aside: Path) -> None:
+    """A whole checkpoint beside the one that it is to replace, optimizer and progress included. Collective: every rank calls it."""
+    given = trainer.strategy.checkpoint_io
+    if trainer.is_global_zero:
+        discard(aside)  # of a run that was killed
+    trainer.strategy.barrier()
+    if type(given) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = _ToTheFile()
+    try:
+        trainer.save_checkpoint(aside, weights_only=False)
+    finally:
+        trainer.strategy.checkpoint_io = given
+
+
+def put(aside: Path, path: Path, step: int, prefix: str = "") -> None:
     """Let `path` be what lies aside: flushed to disk, then in one step, so that `path` is a whole checkpoint at every moment.
 
-    A folder (sharded checkpoint) cannot be renamed over another: it gets a name of its own, and `path` is a link that is renamed.
+    A folder (sharded checkpoint) cannot be renamed over another: it gets a name of its own, which begins with `prefix`, and `path` is a
+    link that is renamed.
     """
     former = path.parent / path.readlink() if path.is_symlink() else None
     if aside.is_dir():
-        shards = path.with_name(f"step-{step}.shards")
+        shards = path.with_name(f"{prefix}step-{step}.shards")
         if shards == former:  # saved twice at one step: the one there may not be touched before the link is
-            shards = path.with_name(f"step-{step}-again.shards")
+            shards = path.with_name(f"{prefix}step-{step}-again.shards")
         for file in aside.iterdir():
             _flush(file)
         _flush(aside)
-        _discard(shards)
+        discard(shards)
         os.replace(aside, shards)
         os.symlink(shards.name, aside)
     else:
@@ -193,9 +200,9 @@ def _put(aside: Path, path: Path, step: int) -> None:
         os.replace(path, path.with_name(f"{path.name}.former"))
     os.replace(aside, path)
     _flush(path.parent)
-    for folder in path.parent.glob("step-*.shards"):  # the former one, and what a killed run left
+    for folder in path.parent.glob(f"{prefix}step-*.shards"):  # the former one, and what a killed run left
         if folder != shards:
-            _discard(folder)
+            discard(folder)
 
 
 class _ToTheFile(TorchCheckpointIO):
@@ -211,7 +218,7 @@ class _ToTheFile(TorchCheckpointIO):
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def _discard(aside: Path) -> None:
+def discard(aside: Path) -> None:
     """Remove the file, link or folder, if there is one."""
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside, ignore_errors=True)

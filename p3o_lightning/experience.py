@@ -188,6 +188,9 @@ class ExperienceLoader:
                 "was given, since every update must see as many pairs."
             )
         policy.after_rollout(prompts, experience)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if on_rollout_end := getattr(callback, "on_rollout_end", None):
+                on_rollout_end(trainer, policy, prompts, experience)
         return experience.to("cpu")
 
     def _check_accumulation(self, accumulate: int) -> None:

@@ -150,6 +150,7 @@ class PairwisePolicy(SamplingPolicy):
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
+        self.latest_log_ratio: Tensor | None = None  # log pi/pi_old of the latest micro-batch's responses, nats, for who looks at it
         self.one_update = False  # whether a rollout is trained on by one update: the loader knows
         self.start_up_proofs, self.fresh = start_up_proofs, False
         self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
@@ -188,6 +189,7 @@ class PairwisePolicy(SamplingPolicy):
         token_logps, values = self.logps_and_values(batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
         if self.old_is_current:
             batch = batch._replace(old_token_logps=token_logps.detach(), values=None if values is None else values.detach())
+        self.latest_log_ratio = (token_logps.detach() - batch.old_token_logps).sum(-1)
         terms = self.loss(token_logps, batch) if values is None else self.loss(token_logps, batch, values)
         self.prove_start(token_logps, batch, terms)
         self.log_update(terms)

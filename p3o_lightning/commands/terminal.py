@@ -79,7 +79,7 @@ class CurrentStderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-def quiet_libraries(quiet: bool = False) -> None:
+def quiet_libraries(quiet: bool = False, trains: bool = True) -> None:
     """Drop what helps no one; with `quiet`, all but warnings. Calling it again changes nothing."""
     disable_progress_bar()  # transformers', of loading and saving weights: a line each
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -92,7 +92,7 @@ def quiet_libraries(quiet: bool = False) -> None:
         logger.propagate = False  # else a library that has set up logging shows every line twice
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING if quiet else logging.INFO)
     logging.getLogger("transformers.modeling_utils").addFilter(_is_load_news)
-    for message in _IGNORED:
+    for message in (*_IGNORED, *(() if trains else (".*callbacks used to create the checkpoint need to be provided.*",))):
         warnings.filterwarnings("ignore", message)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -15,17 +14,19 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import p3o_lightning.callbacks  # noqa: F401  (short names in YAML)
 from p3o_lightning import __version__
-from p3o_lightning.callbacks import CollapseAlarm, Export, FiniteGuard, KLBudget, LastCheckpoint, PredictionWriter
+from p3o_lightning.callbacks import CollapseAlarm, Export, FiniteGuard, KLBudget, LastCheckpoint, PredictionWriter, observers
 from p3o_lightning.commands.arguments import Parser, ShippedConfig, causes, overview
+from p3o_lightning.commands.logs import run_loggers
 from p3o_lightning.commands.processes import end_together
 from p3o_lightning.commands.resuming import CommandLineWins, changed_settings, check_changes, optimizers_of
+from p3o_lightning.commands.run_folder import LOG_VERSION_KEY, SaveConfig, check_folder, sweep
 from p3o_lightning.commands.terminal import Progress, quiet_libraries
 from p3o_lightning.commands.writing import FLAG, check_writing
 from p3o_lightning.errors import InputError
@@ -33,45 +34,8 @@ from p3o_lightning.models import CHECKPOINT_KEY, read_description
 from p3o_lightning.sharded_checkpoints import WholeCheckpointIO, is_sharded
 from p3o_lightning.sharding import splits
 from p3o_lightning.stage import Stage
-from p3o_lightning.text import fenced
 
 say = rank_zero_only(print)
-
-
-class SaveConfig(SaveConfigCallback):
-    """The resolved config, as <default_root_dir>/config.yaml and as text on the dashboard. Running again overwrites it.
-
-    It is written when the first batch is there: bad input leaves no folder behind. The checkpoint keeps the number of the log folder,
-    so that a resumed run goes on in its own.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write both, once, from rank 0."""
-        if self.already_saved:
-            return
-        self.already_saved = True
-        if not trainer.is_global_zero:
-            return
-        config = self.config.clone()
-        config["ckpt_path"] = None  # the config is that of the run, however often it was resumed
-        text = self.parser.dump(config, skip_unset=False)
-        root = Path(trainer.default_root_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "config.yaml").write_text(text, encoding="utf-8")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", fenced(text, "yaml"), 0)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Where the run writes its scalars."""
-        if isinstance(trainer.logger, TensorBoardLogger):
-            checkpoint[LOG_VERSION_KEY] = trainer.logger.version
-
-
-LOG_VERSION_KEY = "p3o_log_version"
 
 
 class StageCLI(LightningCLI):
@@ -166,7 +130,7 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the folder to write to and the checkpoint to start from."""
         settings = self.settings
-        quiet_libraries(settings.quiet)
+        quiet_libraries(settings.quiet, trains=self.subcommand == "fit")
         callbacks = self._parser(self.subcommand).callback_keys if self.subcommand == "fit" else []  # no other command builds them
         check_writing(settings, self.arguments, ["trainer", *callbacks])
         if self.subcommand in ("fit", "predict"):
@@ -221,7 +185,7 @@ class StageCLI(LightningCLI):
         root = Path(given.default_root_dir)
         fits = self.subcommand == "fit"
         if "logger" not in kwargs and given.logger in (None, True):
-            kwargs["logger"] = self._logger(root) if fits and not given.fast_dev_run else False
+            kwargs["logger"] = run_loggers(root, self.resumed_version, self.resumed_step) if fits and not given.fast_dev_run else False
         callbacks = list(given.callbacks) if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
         wants_bar = given.enable_progress_bar is not False and not self.settings.quiet and sys.stdout.isatty()
         kwargs["enable_progress_bar"] = wants_bar
@@ -233,6 +197,7 @@ class StageCLI(LightningCLI):
             kwargs["enable_model_summary"] = False
         if fits:  # the callbacks that have a section; `checkpoint` only where checkpoints are kept
             mine = [self._get(self.config_init, name) for name in self._parser(self.subcommand).callback_keys]
+            mine += observers()
             mine = [item for item in mine if type(item) not in map(type, callbacks)]  # trainer.callbacks has one of its own
             callbacks += [item for item in mine if not (isinstance(item, LastCheckpoint) and given.enable_checkpointing is False)]
             if self.resumed_step is not None:
@@ -245,12 +210,6 @@ class StageCLI(LightningCLI):
             return self.trainer_class(**{**given, **kwargs, "callbacks": callbacks})
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"the trainer section cannot be used: {_first_line(error)}") from error
-
-    def _logger(self, root: Path) -> TensorBoardLogger:
-        """A fresh version for a fresh run; a resumed one goes on in its own, with the steps that it repeats purged."""
-        if self.resumed_version is None or not (root / "logs" / f"version_{self.resumed_version}").is_dir():
-            return TensorBoardLogger(root, name="logs", default_hp_metric=False)
-        return TensorBoardLogger(root, name="logs", version=self.resumed_version, default_hp_metric=False, purge_step=self.resumed_step)
 
     # ---- running
 
@@ -297,7 +256,7 @@ class StageCLI(LightningCLI):
             self.trainer.fit(**arguments)
         except BaseException:
             if self.trainer.global_step == (self.resumed_step or 0):
-                _sweep(fresh, logs)
+                sweep(fresh, logs)
             raise
 
     def validate(self, verbose: bool = True, **arguments: Any) -> None:
@@ -342,16 +301,6 @@ def _show(results: Any, verbose: bool) -> None:
                 say(f"{name:<30} {value:.4f}")
 
 
-def check_folder(folder: str | Path) -> None:
-    """Refuse a run folder that cannot be written to."""
-    wanted = Path(folder).absolute()
-    there = next(place for place in (wanted, *wanted.parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is a file: name a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"trainer.default_root_dir is {str(folder)!r}, but {there} is not writable: name another folder.")
-
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -364,15 +313,6 @@ def _said_by_the_main_thread(failure: threading.ExceptHookArgs) -> None:
 def _class_of(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     return getattr(import_module(module), name)
-
-
-def _sweep(fresh: list[Path], logs: Path | None) -> None:
-    """Remove the log folder and the empty folders that a run has made which did not get to train."""
-    if logs in fresh:
-        shutil.rmtree(logs, ignore_errors=True)
-    for folder in fresh:
-        with suppress(OSError):  # not empty, or not there; another rank may have been here
-            folder.rmdir()
 
 
 def _is_lightnings(error: BaseException) -> bool:
