@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.callbacks.dashboard import writers
-from p3o_lightning.callbacks.rollouts import RolloutObserver, pair_gaps, rollout_state
+from p3o_lightning.callbacks.rollouts import RolloutObserver, just_made, pair_gaps, rollout_state
 
 
 class RewardGap(RolloutObserver):
@@ -54,7 +54,7 @@ class RewardGap(RolloutObserver):
             return
         ratios, self.ratios = torch.cat([part.flatten() for part in self.ratios]), None
         for writer in writers(trainer) if bool(ratios.isfinite().all()) else []:
-            writer.add_histogram("histograms/ratio", ratios, trainer.global_step)
+            writer.add_histogram("histograms/ratio", ratios, just_made(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """As in RolloutObserver; the ratios so far."""

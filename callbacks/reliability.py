@@ -9,6 +9,7 @@ import torch
 
 from p3o_lightning.callbacks import pictures
 from p3o_lightning.callbacks.dashboard import writers
+from p3o_lightning.callbacks.rollouts import just_made
 from p3o_lightning.metrics import PairReport, wilson_interval
 
 
@@ -29,7 +30,7 @@ class Reliability(L.Callback):
             return
         with report.sync_context(should_sync=trainer.world_size > 1):
             if (targets := writers(trainer)) and float(report.pairs) > 0:
-                pictures.show(targets, "reliability", self.draw(report), trainer.global_step)
+                pictures.show(targets, "reliability", self.draw(report), just_made(trainer))
 
     def draw(self, report: PairReport) -> Any:
         """The curve as a matplotlib figure."""

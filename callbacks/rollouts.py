@@ -16,6 +16,11 @@ def rollout_state(pl_module: Any) -> Any:
     return state if hasattr(state, "figures") and hasattr(state, "rollouts") else None
 
 
+def just_made(trainer: L.Trainer) -> int:
+    """The step of the update that has ended, as Lightning counts in logs. A run that is resumed after it has no reason to show it again."""
+    return max(trainer.global_step - 1, 0)
+
+
 class RolloutObserver(L.Callback):
     """Looks at a rollout every few updates. When next travels in checkpoints: a resumed run writes what the uninterrupted one would.
 
