@@ -14,6 +14,7 @@ from p3o_lightning.callbacks.finite import FiniteGuard
 from p3o_lightning.callbacks.frontier import FrontierPath
 from p3o_lightning.callbacks.gaps import RewardGap
 from p3o_lightning.callbacks.predictions import PredictionWriter
+from p3o_lightning.callbacks.reference import ReferenceSync
 from p3o_lightning.callbacks.reliability import Reliability
 from p3o_lightning.callbacks.rollouts import RolloutObserver
 from p3o_lightning.callbacks.samples import SampleTable
@@ -34,6 +35,7 @@ __all__ = [
     "KLBudget",
     "LastCheckpoint",
     "PredictionWriter",
+    "ReferenceSync",
     "Reliability",
     "RewardGap",
     "RolloutObserver",

@@ -41,7 +41,7 @@ class BestAtKL(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the policy if it is the best so far. The figures are means over all ranks: they decide together."""
-        if trainer.sanity_checking or trainer.fast_dev_run or not trainer.training:  # type: ignore[attr-defined]
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":  # type: ignore[attr-defined]
             return
         missing = [name for name in (self.monitor, self.kl) if name not in trainer.callback_metrics]
         if missing:

@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, turn_dropout_off
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
-from p3o_lightning.sharding import place_frozen
+from p3o_lightning.sharding import blend, load_whole, place_frozen, whole_state_dict
 from p3o_lightning.stage import Stage
+
+_WEIGHTS = "p3o_reference_weights"  # where a checkpoint has those of a reference that has moved
 
 
 class ReferencedPolicy(Stage):
     """A policy with a reference: a frozen copy of it as it starts (with LoRA: itself with its adapter switched off), or a model of its own.
 
-    The reference is no submodule: it is not trained and not saved; a checkpoint has its hash. A subclass calls `keep_reference` in its
-    constructor.
+    The reference is no submodule: it is not trained, and not saved unless it was moved; a checkpoint has its hash. A subclass calls
+    `keep_reference` in its constructor.
     """
 
     def keep_reference(self, source: ModelSource | None, dtype: str) -> None:
@@ -32,6 +34,8 @@ class ReferencedPolicy(Stage):
         self._reference: list[nn.Module] = []  # in a list, so that it is no submodule: neither saved nor optimised
         self._reference_hash: str | None = None  # of the reference as it was made
         self._reference_hash_saved: str | None = None  # of the one that the loaded checkpoint was trained against
+        self._reference_moved = False  # since it was made: checkpoints then have its weights
+        self._reference_weights: dict[str, Tensor] | None = None  # of one that had moved, to be put into it when it is made
 
     @property
     def own_reference(self) -> bool:
@@ -53,8 +57,12 @@ class ReferencedPolicy(Stage):
             source = self.model if given is None else given
             model = copy.deepcopy(source) if isinstance(source, nn.Module) else load_policy(source, self.tokenizer, self._reference_dtype)
             turn_dropout_off(model)
-            self._reference_hash = fingerprint(model)  # now: a lower precision of the Trainer's would change it later
-            self._check_reference()
+            if self._reference_weights is None:
+                self._reference_hash = fingerprint(model)  # now: a lower precision of the Trainer's would change it later
+                self._check_reference()
+            else:
+                model.load_state_dict(self._reference_weights)
+                self._reference_weights = None
             self._reference.append(model.eval().requires_grad_(False))
         return self._reference[0]
 
@@ -65,6 +73,11 @@ class ReferencedPolicy(Stage):
                 "model.reference differs from the one that the checkpoint was trained against: give the same model (and seed_everything, "
                 "if it is made from scratch), or model.reference, the policy that the run started from."
             )
+
+    def move_reference(self, share: float) -> None:
+        """Make the reference share x policy + (1 - share) x reference, weight by weight; its weights then travel in checkpoints."""
+        blend(self.reference, self.model, share)
+        self._reference_moved = True
 
     # ---- Lightning's hooks
 
@@ -85,15 +98,26 @@ class ReferencedPolicy(Stage):
             place_frozen(self.trainer.strategy, model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in Stage, and which reference it was."""
+        """As in Stage, and which reference it was; of one that has moved, its weights."""
         super().on_save_checkpoint(checkpoint)
+        if self._reference_moved:
+            checkpoint[_WEIGHTS] = whole_state_dict(self._reference[0]) if self._reference else self._reference_weights
         checkpoint["p3o_reference"] = self._reference_hash or self._reference_hash_saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in Stage; hold the reference to the checkpoint's, now or when it is made."""
         super().on_load_checkpoint(checkpoint)
-        self._reference_hash_saved = checkpoint["p3o_reference"]
-        self._check_reference()
+        self._reference_hash_saved, moved = checkpoint["p3o_reference"], checkpoint.get(_WEIGHTS)
+        if moved is None and self._reference_moved:
+            raise InputError("ckpt_path is of before the reference was moved, but this module's has been: fit a new module from it.")
+        if moved is None:
+            self._check_reference()
+            return
+        self._reference_moved, self._reference_hash = True, None  # the weights themselves are there: where they came from does not matter
+        if self._reference:
+            load_whole(self._reference[0], moved)
+        else:
+            self._reference_weights = moved
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._common_utils import TrainingState
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 
 from p3o_lightning.forwards import pooled_scores, unwrapped
 from p3o_lightning.sharded_checkpoints import is_sharded, plain_values_only
@@ -194,6 +195,21 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
             first = torch.distributed.get_rank() == 0
             return {name: value.detach().cpu().clone() for name, value in named_weights(module).items()} if first else {}
     return dict(get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))  # type: ignore[arg-type]
+
+
+def load_whole(module: nn.Module, weights: dict[str, Any]) -> None:
+    """Put whole weights, which every process has, into a model that is whole or split by FSDP2."""
+    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+
+
+@torch.no_grad()
+def blend(target: nn.Module, source: nn.Module, share: float) -> None:
+    """Make every weight of `target` share x source + (1 - share) x target, computed in float32 or wider. Both are split alike, or whole."""
+    theirs = dict(source.named_parameters())
+    for name, weight in target.named_parameters():
+        ours, given = (value.to_local() if isinstance(value, DTensor) else value for value in (weight, theirs[name]))
+        wide = torch.promote_types(ours.dtype, torch.float32)
+        ours.copy_(torch.lerp(ours.to(wide), given.to(wide), share))
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

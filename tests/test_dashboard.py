@@ -352,15 +352,15 @@ def test_without_matplotlib_all_but_the_figures_is_there(tmp_path, monkeypatch):
 
 
 def test_an_observer_of_the_users_own_sees_every_rollout(tmp_path):
-    class Mine(L.Callback):
-        seen: list[tuple[int, int]] = []
+    seen = []
 
+    class Mine(L.Callback):
         def on_rollout_end(self, trainer, pl_module, prompts, experience):
             assert len(prompts.prompts) == len(experience.scores) == 4
-            self.seen.append((trainer.global_step, pl_module.state.rollouts))
+            seen.append((trainer.global_step, pl_module.state.rollouts))
 
     fit(tmp_path, Mine(), logger=False, num_iterations=2)
-    assert [step for step, _ in Mine.seen] == [0, 2, 4]
+    assert [step for step, _ in seen] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("owner", [SampleTable, RewardGap, FrontierPath])
