@@ -348,7 +348,7 @@ class PairwisePolicy(SamplingPolicy):
     def log_update(self, terms: P3OTerms | RelativeTerms) -> None:
         """Log the figures of an update; those of its rollout are handed to the progress bar and to what monitors them."""
         self.log_dict(self.over_processes({"loss": terms.loss, **update_figures(terms)}))
-        for short, name in (("score", "objective/scores"), ("kl", "objective/kl")):
+        for short, name in (("score", "objective/scores"), ("margin", "objective/scores_margin"), ("kl", "objective/kl")):
             if name in self.state.figures:
                 self.log(short, self.state.figures[name], prog_bar=True, logger=False)
         self.log_dict(self.state.figures, logger=False)

@@ -83,7 +83,6 @@ class RewardModel(Stage):
             chosen, rejected, margin=batch.margin, label_smoothing=self.label_smoothing, center_coef=self.center_coef
         )
         figures = self.over_processes({"loss": terms.loss, "accuracy": terms.accuracy, "margin": terms.margin})
-        self.log("margin", figures.pop("margin"))
         self.log_dict(figures, prog_bar=True)
         return terms.loss
 

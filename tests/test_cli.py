@@ -277,18 +277,6 @@ def test_a_run_says_little_where_no_one_watches(p3o):
         assert (silent.code, silent.out, silent.err) == (0, "", "")
 
 
-def test_a_terminal_gets_a_bar_with_score_and_kl(p3o, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("TERM", "xterm")
-    shown = p3o(*fit("policy", "run", "--trainer.max_steps", "4"))
-    assert "training 66,576 of 66,576 parameters on cpu" in shown.out
-    for piece in ("Epoch 0", "update: 4/4", "score: ", "kl: "):
-        assert piece in shown.out, piece
-    assert "v_num" not in shown.out and "/-2" not in shown.out and "FLOPs" not in shown.out
-    assert shown.err.splitlines()[-1].startswith("exported to ")
-
-
 def test_only_news_of_loading_is_told():
     def record(text):
         return logging.LogRecord("transformers", logging.WARNING, "", 0, text, (), None)

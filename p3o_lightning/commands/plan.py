@@ -234,6 +234,13 @@ class Plan:
 
     # ---- what there is, and what to do
 
+    def in_a_line(self) -> str:
+        """The peak and its phase, and whether it fits."""
+        phases = self.estimate.phases
+        phase, free = max(phases, key=lambda name: phases[name]), self.available()[0]
+        fits = f" of {amount(free)}" + ("" if self.estimate.peak <= free else f", which is not enough: {self.advice()}") if free else ""
+        return f"memory: about {amount(self.estimate.peak)}{fits}, most of it in {phase}"
+
     def available(self) -> tuple[int, str]:
         """Bytes that one process may use on this machine, and in words."""
         from p3o_lightning.commands.doctor import _memory

@@ -1,14 +1,12 @@
-"""What a run shows: nothing but its own lines where no one watches, a progress bar with score and KL on a terminal."""
+"""What libraries say while a run goes on: news, and no advertising. What the run itself shows is in progress.py."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from typing import Any, TextIO
+from typing import TextIO
 
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import RichProgressBar
 from transformers.utils.logging import disable_progress_bar
 
 # Advertising, and what a user can do nothing about.
@@ -38,33 +36,6 @@ _IGNORED = (
     ".*is_gradient_checkpointing.*",
     ".*You have overridden .* in `LightningModule` but have passed in a `LightningDataModule`.*",
 )
-
-
-class Progress(RichProgressBar):
-    """Lightning's bar, with the updates of the whole run beside it; it ends before the run's last lines are printed."""
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Updates, then what the stage logs with `prog_bar=True`."""
-        items: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        updates = {"update": f"{trainer.global_step}/{trainer.max_steps}"} if trainer.training and trainer.max_steps > 0 else {}
-        return {**updates, **items}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what is trained, then begin."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
-        trained, total = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
-        print(f"training {trained:,} of {total:,} parameters on {pl_module.device}", flush=True)
-        super().on_train_start(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the line to the messages that follow."""
-        super().on_train_end(trainer, pl_module)
-        self._stop_progress()
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        last = self.trainer.max_epochs
-        return f"Epoch {current_epoch}" + (f"/{last - 1}" if last is not None and last > 0 else "")
 
 
 class CurrentStderr(logging.StreamHandler[TextIO]):

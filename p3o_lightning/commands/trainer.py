@@ -25,9 +25,10 @@ from p3o_lightning.callbacks import CollapseAlarm, Export, FiniteGuard, KLBudget
 from p3o_lightning.commands.arguments import Parser, ShippedConfig, causes, overview
 from p3o_lightning.commands.logs import run_loggers
 from p3o_lightning.commands.processes import end_together
+from p3o_lightning.commands.progress import Progress
 from p3o_lightning.commands.resuming import CommandLineWins, changed_settings, check_changes, optimizers_of
 from p3o_lightning.commands.run_folder import LOG_VERSION_KEY, SaveConfig, check_folder, sweep
-from p3o_lightning.commands.terminal import Progress, quiet_libraries
+from p3o_lightning.commands.terminal import quiet_libraries
 from p3o_lightning.commands.writing import FLAG, check_writing
 from p3o_lightning.errors import InputError
 from p3o_lightning.models import CHECKPOINT_KEY, read_description
@@ -190,7 +191,7 @@ class StageCLI(LightningCLI):
         wants_bar = given.enable_progress_bar is not False and not self.settings.quiet and sys.stdout.isatty()
         kwargs["enable_progress_bar"] = wants_bar
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(Progress())
+            callbacks.append(Progress(self._memory))
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
             callbacks.append(PredictionWriter())
         if given.enable_model_summary is None:
@@ -210,6 +211,14 @@ class StageCLI(LightningCLI):
             return self.trainer_class(**{**given, **kwargs, "callbacks": callbacks})
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"the trainer section cannot be used: {_first_line(error)}") from error
+
+    def _memory(self) -> str | None:
+        """The estimate of `p3o doctor --plan`, in a line; None of a stage that it does not know."""
+        from p3o_lightning.commands.plan import Plan
+
+        with suppress(Exception):  # no run stops for want of an estimate
+            return Plan(self.settings).in_a_line()
+        return None
 
     # ---- running
 
