@@ -34,6 +34,7 @@ LAYERS = [
     {
         "generation",
         "rewards",
+        "win_rates",
         "judges",
         "rollouts",
         "experience",
