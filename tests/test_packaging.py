@@ -34,6 +34,7 @@ LAYERS = [
     {
         "generation",
         "rewards",
+        "server_judge",
         "win_rates",
         "judges",
         "rollouts",
