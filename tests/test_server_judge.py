@@ -16,7 +16,6 @@ from p3o_lightning.errors import InputError
 from p3o_lightning.judges import compare
 from p3o_lightning.server_judge import KEY, ServerJudge
 
-
 BREAKS_OFF = object()
 
 
