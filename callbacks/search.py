@@ -134,8 +134,8 @@ class Rounds:
                 with trace.watching(module.reference):
                     module.reference_logps(*given)
             else:
-                for source in module.rewards.sources:
-                    if hasattr(source, "network") and (not sources or source.name in sources):
+                for source in module.rewards.models:
+                    if not sources or source.name in sources:
                         with trace.watching(source.network):
                             source(_responses(module.tokenizer, batch))
         return ", ".join(sources), trace.forward

@@ -178,7 +178,7 @@ class ExperienceLoader:
         policy, trainer = self.policy, self.policy.trainer
         prompts = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(prompts))
         policy.rollout_seed = mix(policy.seed, number)
-        policy.rollout_rewards = {}
+        policy.rollout_rewards, policy.rollout_judged = {}, {}
         torch.manual_seed(mix(policy.seed, number, trainer.global_rank))  # for a rollout_step of the user's own
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             experience = policy.rollout_step(prompts)

@@ -41,6 +41,9 @@ class Judge(ABC):
             **columns: the data's other columns, one value for every comparison.
         """
 
+    def check(self) -> None:  # noqa: B027  (nothing to check by default)
+        """Stop with InputError at a setting out of range. Not in the constructor, whose message is lost where YAML makes the object."""
+
 
 class FunctionJudge(Judge):
     """A Python function `f(prompts, first, second, **columns) -> list[float | None]` as a judge; also as a decorator, `@FunctionJudge`.

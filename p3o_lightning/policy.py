@@ -24,7 +24,7 @@ from p3o_lightning.generation import Sampling
 from p3o_lightning.kl_control import adapted_kl_coef
 from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
-from p3o_lightning.policy_settings import check_settings, settings_of_relative
+from p3o_lightning.policy_settings import check_feedback, check_settings, settings_of_relative
 from p3o_lightning.relative_terms import RelativeTerms
 from p3o_lightning.rewards import RewardInput, reward_sources
 from p3o_lightning.rollouts import SamplingPolicy
@@ -41,7 +41,7 @@ class PairwisePolicy(SamplingPolicy):
     Args:
         model: hub name, transformers folder, GGUF file, checkpoint of ours, or a from-scratch config such as {model_type: llama, ...}.
         reward_funcs: a RewardModel, its checkpoint or folder, a function f(prompts, completions, completion_ids, **columns) or its
-            dotted name; or a list of these.
+            dotted name, an Ensemble, or a Judge, which compares instead of scoring; or a list of these.
         reward_weights: one factor for each of reward_funcs; None is 1 each.
         reference: model source of the reference; None copies the policy as it is when it is first fitted or evaluated.
         objective: "p3o", or a relative of it, as its own paper has it: rloo, grpo, dr_grpo, gspo, reinforce, ppo (with a critic),
@@ -149,11 +149,13 @@ class PairwisePolicy(SamplingPolicy):
         self.state = ExperienceState(kl_coef=kl_coef)
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
+        self.rollout_judged: dict[str, Tensor] = {}  # the judges' figures of it, by tag
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
         self.latest_log_ratio: Tensor | None = None  # log pi/pi_old of the latest micro-batch's responses, nats, for who looks at it
         self.one_update = False  # whether a rollout is trained on by one update: the loader knows
         self.start_up_proofs, self.fresh = start_up_proofs, False
         self.rewards = None if reward_funcs is None else reward_sources(reward_funcs, reward_weights, self.tokenizer, dtype)
+        check_feedback(objective, self.rewards is not None and self.rewards.judged)
 
     # ---- the algorithm
 
@@ -167,6 +169,8 @@ class PairwisePolicy(SamplingPolicy):
         values = None
         if self.critic is not None and self.needs_values:
             values = self.policy_values(prompts.tokens, prompts.attention_mask, tokens, mask)
+        scores = self.score(prompts, tokens, mask)
+        gaps = self.compare(prompts, tokens, mask, scores)
         return Experience(
             prompt_tokens=prompts.tokens,
             prompt_mask=prompts.attention_mask,
@@ -174,7 +178,8 @@ class PairwisePolicy(SamplingPolicy):
             completion_mask=mask,
             old_token_logps=old_token_logps,
             ref_token_logps=self.reference_logps(prompts.tokens, prompts.attention_mask, tokens, mask),
-            scores=self.score(prompts, tokens, mask),
+            scores=scores if gaps is None else None,
+            gaps=gaps,
             values=values,
         )
 
@@ -315,7 +320,7 @@ class PairwisePolicy(SamplingPolicy):
         """Prove, at the first rollout, that reward models read EOS where a response ended."""
         if self.proving and self.rewards is not None:
             reply = experience.completion_tokens[0, 0][experience.completion_mask[0, 0]]
-            for source in self.rewards.sources:
+            for source in self.rewards.models:
                 proofs.prove_reward_reads_eos(source, prompts, reply, self.tokenizer)
 
     def prove_start(self, token_logps: Tensor, batch: Experience, terms: P3OTerms | RelativeTerms) -> None:
@@ -336,6 +341,8 @@ class PairwisePolicy(SamplingPolicy):
         self.prove_rewards(prompts, experience)
         ended = self.ended(experience.completion_tokens, experience.completion_mask)
         figures = rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)
+        if self.rewards is not None:
+            figures |= self.rollout_judged | self.rewards.figures(self.rollout_rewards)
         values = torch.stack([value.float() for value in self.over_processes(figures).values()])
         self.state.figures = dict(zip(figures, values.tolist(), strict=True))
         for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout

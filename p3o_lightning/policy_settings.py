@@ -21,6 +21,7 @@ _OF_P3O = {
     "kl_source": "current",
     "gap_scale": None,
 }  # at rest
+_READ_SCORES = ("reinforce", "ppo")  # not their differences within a prompt
 
 
 def check_settings(given: dict[str, Any]) -> None:
@@ -54,6 +55,15 @@ def check_settings(given: dict[str, Any]) -> None:
         if not valid:
             raise InputError(f"model.{name} is {given[name]!r}: choose {wanted}.")
     _check_objective(given)
+
+
+def check_feedback(objective: str, judged: bool) -> None:
+    """Stop where a judge, which gives differences alone, is to feed an objective that reads a reward as it is."""
+    if judged and objective in _READ_SCORES:
+        raise InputError(
+            f"model.objective is {objective!r}, which reads a score of each response, but model.reward_funcs has a judge, which only "
+            f"compares: choose p3o, or another objective than {' and '.join(_READ_SCORES)}; or give a reward model or function."
+        )
 
 
 def settings_of_relative(given: dict[str, Any]) -> dict[str, Any]:

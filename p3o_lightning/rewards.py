@@ -1,7 +1,7 @@
-"""Reward sources: a reward model, a Python function with TRL's signature, or a weighted sum of several.
+"""Reward sources: a reward model, a Python function with TRL's signature, an ensemble, a judge, or a weighted sum of several.
 
 A score is one number a response; P3O reads only differences between the responses of one prompt, so a source's zero point
-does not matter.
+does not matter. A judge has no scores at all: it compares the responses of a prompt, and gives the differences themselves.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.data_formats import Row, Text, Unusable
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
+from p3o_lightning.ensembles import Ensemble, EnsembleReward
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores
+from p3o_lightning.judges import Judge, group_gaps
 from p3o_lightning.models import highest_token_id, load_reward_backbone
 from p3o_lightning.sequences import pad_right
 from p3o_lightning.tokenizers import load_tokenizer
 
 RewardFunction = Callable[..., Any]
-RewardInput = str | Path | RewardFunction | nn.Module
+RewardInput = str | Path | Judge | Ensemble | RewardFunction | nn.Module
 
 
 class Responses(NamedTuple):
@@ -235,10 +237,25 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
     )
 
 
-class RewardSum:
-    """Several sources with weights: the score is the weighted sum."""
+class JudgeReward:
+    """A judge as a reward source: it gives gaps between the responses of a prompt, and no scores."""
 
-    def __init__(self, sources: Sequence[FunctionReward | ModelReward], weights: Sequence[float] | None) -> None:
+    def __init__(self, judge: Judge) -> None:
+        judge.check()
+        self.judge, self.name = judge, judge.name
+
+    def gaps(self, responses: Responses) -> tuple[Float[Tensor, "prompt response response"], dict[str, Tensor]]:
+        """Antisymmetric gaps in [-1, 1], and the judge's figures."""
+        return group_gaps(self.judge, responses.prompts.prompts, responses.texts, **responses.prompts.columns)
+
+
+Source = FunctionReward | ModelReward | EnsembleReward | JudgeReward
+
+
+class RewardSum:
+    """Several sources with weights: the score is the weighted sum of those that score, the gap that of those that judge."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None) -> None:
         self.sources = list(sources)
         self.weights = [1.0] * len(self.sources) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.sources):
@@ -250,15 +267,48 @@ class RewardSum:
                 raise InputError(f"model.reward_weights has {weight}: give finite numbers, e.g. 1.0.")
 
     @property
+    def models(self) -> list[ModelReward]:
+        """The reward models among the sources, members of ensembles included."""
+        return [source for source in _with_members(self.sources) if isinstance(source, ModelReward)]
+
+    @property
     def networks(self) -> list[nn.Module]:
-        """The frozen models among the sources, to be moved to the device with the policy."""
-        return [source.network for source in self.sources if isinstance(source, ModelReward)]
+        """Their frozen networks, to be moved to the device with the policy."""
+        return [source.network for source in self.models]
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge is among the sources, so that there are gaps and no scores to learn from."""
+        return any(isinstance(source, JudgeReward) for source in self.sources)
 
     def __call__(self, responses: Responses) -> tuple[Float[Tensor, "prompt response"], dict[str, Tensor]]:
-        """The weighted sum, and each source's own scores by name."""
-        each = {source.name: source(responses) for source in self.sources}
-        total = torch.stack([weight * scores for weight, scores in zip(self.weights, each.values(), strict=True)]).sum(0)
+        """The weighted sum of the scores (0 where judges are the only sources), and each source's own by name."""
+        total, each = torch.zeros(responses.tokens.shape[:2]), dict[str, Tensor]()
+        for weight, source in zip(self.weights, self.sources, strict=True):
+            if not isinstance(source, JudgeReward):
+                each |= source.parts(responses) if isinstance(source, EnsembleReward) else {source.name: source(responses)}
+                total = total + weight * each[source.name]
         return total, each
+
+    def gaps(self, responses: Responses) -> tuple[Float[Tensor, "prompt response response"], dict[str, Tensor]]:
+        """The weighted sum of the judges' gaps, and the judges' figures by tag, e.g. `judges/<name>/position_bias`."""
+        count = responses.tokens.shape[1]
+        total, figures = torch.zeros(len(responses.tokens), count, count), dict[str, Tensor]()
+        for weight, source in zip(self.weights, self.sources, strict=True):
+            if isinstance(source, JudgeReward):
+                gaps, about = source.gaps(responses)
+                total = total + weight * gaps
+                figures |= {f"judges/{source.name}/{name}": value for name, value in about.items()}
+        return total, figures
+
+    def figures(self, each: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ensembles say of their members' scores, by tag; `each` as __call__ returned it."""
+        return {tag: value for source in self.sources if isinstance(source, EnsembleReward) for tag, value in source.figures(each).items()}
+
+
+def _with_members(sources: Sequence[Any]) -> list[Any]:
+    """The sources, and the members of those that are ensembles."""
+    return [one for source in sources for one in (source, *_with_members(getattr(source, "members", ())))]
 
 
 def reward_sources(
@@ -267,10 +317,10 @@ def reward_sources(
     """Load every source. `tokenizer` is the policy's; `dtype` that of models loaded from a path."""
     given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not given:
-        raise InputError("model.reward_funcs is empty: give a reward model (folder or checkpoint) or a Python function.")
+        raise InputError("model.reward_funcs is empty: give a reward model (folder or checkpoint), a Python function or a judge.")
     sources = [_source(item, tokenizer, dtype) for item in given]
     taken: set[str] = set()
-    for source in sources:  # names are tags of the dashboard: make them distinct
+    for source in _with_members(sources):  # names are tags of the dashboard: make them distinct
         name, number = source.name, 1
         while source.name in taken:
             number += 1
@@ -279,8 +329,16 @@ def reward_sources(
     return RewardSum(sources, weights)
 
 
-def _source(item: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> FunctionReward | ModelReward:
+def _source(item: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Source:
     own: Any = getattr(item, "tokenizer", None)
+    if isinstance(item, Judge):
+        return JudgeReward(item)
+    if isinstance(item, Ensemble):
+        item.check()
+        members = [_source(member, tokenizer, dtype) for member in item.members]
+        if any(isinstance(member, JudgeReward | EnsembleReward) for member in members):
+            raise InputError("ensemble.members has a judge or an ensemble: give sources that score a response, models or functions.")
+        return EnsembleReward(members, item)
     if isinstance(item, nn.Module) and hasattr(item, "model") and own is not None:  # a RewardModel
         return _model_reward(item.model, own, tokenizer, type(item).__name__)
     if isinstance(item, PreTrainedModel) or (isinstance(item, nn.Module) and is_adapted(item)):
@@ -291,7 +349,8 @@ def _source(item: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Functi
     if (str(item) and path.exists()) or path.suffix in (".ckpt", ".gguf") or "/" in str(item):
         own = load_tokenizer(str(item))
         return ModelReward(load_reward_backbone(str(item), own, dtype, trained=True), own, tokenizer, _name_of(path))
-    return FunctionReward(_imported(str(item)))
+    named = _imported(str(item))
+    return _source(named, tokenizer, dtype) if isinstance(named, Judge | Ensemble) else FunctionReward(named)
 
 
 def _model_reward(network: Any, own: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, name: str) -> ModelReward:
@@ -324,8 +383,8 @@ def _name_of(path: Path) -> str:
     return path.stem if path.suffix in (".ckpt", ".gguf") else path.name
 
 
-def _imported(name: str) -> RewardFunction:
-    """The function that a dotted name such as `my_rewards.politeness` stands for."""
+def _imported(name: str) -> RewardFunction | Judge | Ensemble:
+    """The function, judge or ensemble that a dotted name such as `my_rewards.politeness` stands for."""
     module, _, attribute = name.rpartition(".")
     fix = "give a folder, a checkpoint, a hub name with a '/', or a dotted name such as my_rewards.politeness of a function"
     if not module or not all(part.isidentifier() for part in name.split(".")):
@@ -336,7 +395,7 @@ def _imported(name: str) -> RewardFunction:
         raise InputError(f"model.reward_funcs is {name!r}, which could not be imported ({error}): {fix}.") from error
     if function is None:
         raise InputError(f"model.reward_funcs is {name!r}, but {module} has no {attribute}: {fix}.")
-    if not callable(function) or inspect.isclass(function):
+    if not (callable(function) or isinstance(function, Ensemble)) or inspect.isclass(function):
         raise InputError(f"model.reward_funcs is {name!r}, which is a {type(function).__name__}: {fix}.")
     return function
 

@@ -30,6 +30,7 @@ class SamplingPolicy(ReferencedPolicy):
     seed: int
     rollout_seed: int  # set anew before every rollout, a function of (seed, rollout)
     rollout_rewards: dict[str, Tensor]  # each reward source's own scores of the latest rollout
+    rollout_judged: dict[str, Tensor]  # the judges' figures of it, by tag
 
     def rollout_step(self, prompts: PromptBatch) -> Experience:
         """Responses to the prompts, and what training on them needs to know."""
@@ -108,6 +109,17 @@ class SamplingPolicy(ReferencedPolicy):
             scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
         return scores
 
+    def compare(
+        self, prompts: PromptBatch, tokens: Tensor, mask: Tensor, scores: Float[Tensor, "prompt response"]
+    ) -> Float[Tensor, "prompt response response"] | None:
+        """Where a judge is among the reward sources: gaps between all responses of a prompt, the judge's and those of `scores`."""
+        if self.rewards is None or not self.rewards.judged:
+            return None
+        texts = decode_completions(self.tokenizer, tokens, mask)
+        with float32_by_default():
+            gaps, self.rollout_judged = self.rewards.gaps(Responses(prompts, tokens, mask, texts))
+        return scores.unsqueeze(2) - scores.unsqueeze(1) + gaps.to(scores.device)
+
     def ended(self, tokens: Tensor, mask: Tensor) -> Bool[Tensor, "prompt response"]:
         """Which responses end with EOS; the others were cut off."""
         return ((tokens == self.tokenizer.eos_token_id) & mask).any(-1)
@@ -147,6 +159,8 @@ class SamplingPolicy(ReferencedPolicy):
         if experience.scores is not None:
             figures[f"{stage}/scores"] = experience.scores.mean()
             figures[f"{stage}/scores_std"] = experience.scores.std()  # within the batch: the scale to read a rise on
+        if experience.gaps is not None:
+            figures[f"{stage}/scores_margin"] = experience.gaps.amax((-2, -1)).mean()
         self.log_dict(figures, batch_size=len(batch.tokens), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ LAYERS = [
     {
         "generation",
         "rewards",
+        "reliability",
+        "ensembles",
         "server_judge",
         "win_rates",
         "judges",

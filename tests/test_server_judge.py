@@ -122,6 +122,11 @@ def test_a_model_with_a_favourite_place_is_found_out(server):
         ("Answer: 1", 1),
         ("<think>maybe 1, or\n2</think>\n\n2", 0),
         ("The first is kinder.\n\nVerdict: 1", 1),
+        ('The answer is "tie".', 0.5),  # SmolLM2-135M
+        ("Response 1 is better.", 1),
+        ("The better response is: 2", 0),
+        ("Response 1 is worse.", None),
+        ("Response 1 is not better.", None),
         ("12", None),
         ("1 or 2", None),
         ("I cannot say which one is better", None),
@@ -259,7 +264,7 @@ def test_options_reach_the_request_and_null_removes_a_field(server):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"url": "localhost:8000"}, "judge url is 'localhost:8000'"),
+        ({"url": "localhost:8000"}, "judge url is 'localhost:8000"),
         ({"url": "file:///etc/passwd"}, "judge url is"),
         ({"url": "http://user:key@host/v1"}, "with no user or key in it"),
         ({"url": "http://"}, "judge url is"),
@@ -271,7 +276,7 @@ def test_options_reach_the_request_and_null_removes_a_field(server):
 )
 def test_settings_out_of_range(given, words):
     with pytest.raises(InputError, match=words):
-        ServerJudge(**{"url": "http://localhost:8000/v1", "model": "m", **given})
+        ServerJudge(**{"url": "http://localhost:8000/v1", "model": "m", **given}).check()
 
 
 @pytest.mark.parametrize(
@@ -285,4 +290,4 @@ def test_settings_out_of_range(given, words):
     ],
 )
 def test_urls_as_people_write_them(url, asked):
-    assert ServerJudge(url, "m").url == asked
+    assert ServerJudge(url, "m").endpoint == asked

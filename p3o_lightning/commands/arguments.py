@@ -18,13 +18,16 @@ from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from p3o_lightning.data import PreferenceDataModule
+from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
 from p3o_lightning.policy import PairwisePolicy
 from p3o_lightning.reward_model import RewardModel
+from p3o_lightning.server_judge import ServerJudge
 from p3o_lightning.shipped import shipped
 from p3o_lightning.supervised import SupervisedPolicy
 
 STAGES = (SupervisedPolicy, RewardModel, PairwisePolicy)  # imported so that YAML can name them without their module
+FEEDBACK = (Ensemble, ServerJudge)  # likewise
 
 
 class HelpFormatter(DefaultHelpFormatter):

@@ -19,6 +19,7 @@ from p3o_lightning import memory
 from p3o_lightning.commands.terminal import quiet_libraries
 from p3o_lightning.commands.trainer import StageCLI, main
 from p3o_lightning.data import PreferenceDataModule
+from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
 from p3o_lightning.models import (
@@ -104,6 +105,7 @@ class Plan:
             reference = model
         sources = self.given["reward_funcs"]
         sources = [] if sources is None else sources if isinstance(sources, list | tuple) else [sources]
+        sources = [member for source in sources for member in _members(source)]
         rewards = [network for source in sources if (network := self._reward(source, model)) is not None]
         estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=ModelReward.batch_rows)
         return model, work, estimate
@@ -309,6 +311,12 @@ def show(configs: list[str]) -> None:
         lines.append("it fits" if estimate.peak <= free else f"it does not fit: {plan.advice()}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _members(source: Any) -> list[Any]:
+    """The members of an ensemble in a config; any other reward source alone."""
+    named = source.get("class_path", "") if isinstance(source, dict) else ""
+    return list(source.get("init_args", {}).get("members", [])) if named.rpartition(".")[2] == Ensemble.__name__ else [source]
 
 
 def _class_of(class_path: str) -> Any:
