@@ -27,6 +27,8 @@ train and use models (LightningCLI; each takes --config FILE, several overlay, a
 
 others:
   demo        the whole pipeline on a tiny generated task, about two minutes on a CPU, no download
+  report      how far a reward model, or an ensemble of them, can be trusted, on pairs that people ranked
+  winrate     how often one policy's responses beat another's: judged by a reward, a function or a language model
   doctor      report the environment, and what would stop a run; --plan FILE: the memory that it will take
 
   p3o fit --config configs/debug/policy.yaml       a first run, seconds on a CPU
@@ -35,7 +37,7 @@ others:
 
 options: --help, --version
 """
-COMMANDS = ("demo", "doctor")
+COMMANDS = ("demo", "doctor", "report", "winrate")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -9,14 +9,15 @@ Units:  scores and gaps in reward units; gap = score(chosen) - score(rejected); 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from p3o_lightning.metrics import wilson_interval
+from p3o_lightning.metrics import PairReport, wilson_interval
 
 LENGTH_TOLERANCE = 0.1  # share of the longer one by which two lengths may differ and still match
 
@@ -194,3 +195,44 @@ def eos_effect(ended: Float[Tensor, "pair 2"], cut: Float[Tensor, "pair 2"]) -> 
         accuracy_without=accuracy(after).accuracy,
         turn_rate=float(turned.double().mean()),
     )
+
+
+def report_card(
+    scores: Float[Tensor, "pair 2"], lengths: Int[Tensor, "pair 2"], prompts: Int[Tensor, " pair"], sources: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Every figure of one reward model on pairs that people ranked, as plain values by name.
+
+    Args:
+        scores: of (chosen, rejected).
+        lengths: their tokens.
+        prompts: a number for each pair's prompt.
+        sources: where each pair comes from; None: the data does not say.
+    """
+    gaps = scores[:, 0].double() - scores[:, 1].double()
+    temperature = fitted_temperature(gaps)
+    matched = length_matched(gaps, lengths)
+    card: dict[str, Any] = {
+        "pairs": len(gaps),
+        "ties": int((gaps == 0).sum()),
+        **_summary(scores, lengths),
+        "temperature": temperature,
+        "log_loss_at_temperature": log_loss(gaps, temperature) if not math.isnan(temperature) else math.nan,
+        "length_matched_pairs": matched.pairs,
+        "length_matched_accuracy": matched.accuracy,
+        "length_matched_low": matched.low,
+        "length_matched_high": matched.high,
+        **prompt_shifts(scores.flatten(), prompts.repeat_interleave(2))._asdict(),
+        "curve": [one._asdict() for one in reliability_curve(gaps)],
+    }
+    if sources is not None:
+        card["sources"] = {}
+        for name in sorted(set(sources)):
+            rows = torch.tensor([source == name for source in sources])
+            card["sources"][name] = {"pairs": int(rows.sum()), **_summary(scores[rows], lengths[rows])}
+    return card
+
+
+def _summary(scores: Tensor, lengths: Tensor) -> dict[str, float]:
+    report = PairReport()
+    report.update(scores, lengths)
+    return {name: float(value) for name, value in report.compute().items()}

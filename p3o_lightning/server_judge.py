@@ -88,8 +88,10 @@ class ServerJudge(Judge):
     def check(self) -> None:
         """What the settings may be."""
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise InputError(f"judge url is {self.url!r}: give http://HOST:PORT/v1, with no user or key in it ({KEY} holds the key).")
+        if "@" in parts.netloc:  # not shown: it may be a password
+            raise InputError(f"judge url for {parts.hostname!r} has a user or key in it: take it out, and put the key into {KEY}.")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"judge url is {self.url!r}: give http://HOST:PORT/v1.")
         for field, least in (("max_tokens", 1), ("retries", 0), ("concurrency", 1)):
             if getattr(self, field) < least:
                 raise InputError(f"judge {field} is {getattr(self, field)}: choose {least} or more.")

@@ -34,6 +34,8 @@ LAYERS = [
     {
         "generation",
         "rewards",
+        "reward_judge",
+        "pair_scores",
         "reliability",
         "ensembles",
         "server_judge",

@@ -46,7 +46,7 @@ def test_configs_in_commands_exist() -> None:
     assert commands
     for command in commands:
         words = shlex.split(command, comments=True)
-        assert words[1] in ("fit", "validate", "test", "predict", "demo", "doctor"), command
+        assert words[1] in ("fit", "validate", "test", "predict", "demo", "doctor", "report", "winrate"), command
         for flag, value in pairwise(words):
             if flag == "--config" and value.startswith("configs/"):
                 assert (ROOT / value).is_file(), command

@@ -266,7 +266,10 @@ def test_options_reach_the_request_and_null_removes_a_field(server):
     [
         ({"url": "localhost:8000"}, "judge url is 'localhost:8000"),
         ({"url": "file:///etc/passwd"}, "judge url is"),
-        ({"url": "http://user:key@host/v1"}, "with no user or key in it"),
+        (
+            {"url": "http://user:secret@host/v1"},
+            r"^judge url for 'host' has a user or key in it: take it out, and put the key into P3O_\w+\.$",
+        ),
         ({"url": "http://"}, "judge url is"),
         ({"max_tokens": 0}, "judge max_tokens is 0"),
         ({"timeout": 0}, "judge timeout is 0"),
