@@ -169,10 +169,10 @@ class ServerJudge(Judge):
         return visible(" ".join(text.split()))[:200]
 
     def _stop(self, reason: str) -> NoReturn:
-        raise InputError(
-            f"judge {self.endpoint} (model {self.model!r}) gave no verdict: {reason}. Check url, model and {KEY}"
-            f"{'' if os.environ.get(KEY) else ', which is not set'}."
-        )
+        fix = f"Check url, model and {KEY}{'' if os.environ.get(KEY) else ', which is not set'}."
+        if reason in _SAID:
+            fix = 'Take a model that can answer "1", "2" or "tie", raise max_tokens, or give instructions of your own.'
+        raise InputError(f"judge {self.endpoint} (model {self.model!r}) gave no verdict: {reason}. {fix}")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

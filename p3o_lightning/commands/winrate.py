@@ -7,6 +7,7 @@ comparisons.jsonl into one folder.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -226,7 +227,7 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("wins, ties, losses of A", f"{summary['wins']:,}, {summary['ties']:,}, {summary['losses']:,}"),
         ("comparisons without a verdict", f"{summary['no_verdict']:,} of {summary['comparisons']:,}"),
         ("prompts", f"{summary['prompts']:,}"),
-        ("the longer response wins, of those decided", f"{summary['longer_wins']:.3f}"),
+        ("the longer response wins, of those decided", "none" if math.isnan(summary["longer_wins"]) else f"{summary['longer_wins']:.3f}"),
         ("characters a response, A and B", f"{summary['characters_a']:.0f}, {summary['characters_b']:.0f}"),
     ]
     if None not in (summary["ended_a"], summary["ended_b"]):
