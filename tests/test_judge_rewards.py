@@ -208,6 +208,21 @@ def test_a_judges_wrong_answer_stops_with_one_line(tmp_path):
         trainer(tmp_path, max_steps=1).fit(module, module.wrap_train_dataloader(prompts()))
 
 
+@pytest.mark.parametrize("objective", ["ppo", "reinforce"])
+def test_an_objective_that_reads_scores_refuses_a_judge(objective):
+    with pytest.raises(
+        InputError, match=rf"model\.objective is '{objective}', which reads a score .* a judge, which only compares: choose p3o"
+    ):
+        policy(reward_funcs=[share_of_a, more_a], objective=objective)
+
+
+@pytest.mark.parametrize("objective", ["rloo", "online_dpo"])
+def test_a_relative_that_reads_differences_takes_a_judge(objective, tmp_path):
+    module = policy(reward_funcs=more_a, objective=objective, num_generations=3)
+    trainer(tmp_path, max_steps=2).fit(module, module.wrap_train_dataloader(prompts()))
+    assert not equal(weights(module), weights(policy()))
+
+
 def test_names_of_judges_are_distinct_and_weights_count():
     class Same(Judge):
         name = "same"
