@@ -19,12 +19,12 @@ LENGTHS = torch.tensor([len(response) for response in RESPONSES])
 MASK = torch.arange(MAX_LENGTH) < LENGTHS[:, None]  # "response token"
 
 _TOKEN = torch.tensor([list(y) + [0] * (MAX_LENGTH - len(y)) for y in RESPONSES])
-_CONTEXT = torch.tensor([[CONTEXTS.index(y[:t]) if t < len(y) else 0 for t in range(MAX_LENGTH)] for y in RESPONSES])
+CONTEXT_OF_TOKEN = torch.tensor([[CONTEXTS.index(y[:t]) if t < len(y) else 0 for t in range(MAX_LENGTH)] for y in RESPONSES])
 
 
 def token_logps(logits: Tensor) -> Tensor:
     """log pi of every token of the 15 responses, "response token", 0 after the end."""
-    return (logits.log_softmax(-1)[_CONTEXT, _TOKEN] * MASK).clone()
+    return (logits.log_softmax(-1)[CONTEXT_OF_TOKEN, _TOKEN] * MASK).clone()
 
 
 def sequence_logps(logits: Tensor) -> Tensor:
