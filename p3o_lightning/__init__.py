@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DirectPreferencePolicy": "direct",
     "InputError": "errors",
     "PairwisePolicy": "policy",
     "PreferenceDataModule": "data",
     "RewardModel": "reward_model",
     "SupervisedPolicy": "supervised",
 }
-__all__ = ["InputError", "PairwisePolicy", "PreferenceDataModule", "RewardModel", "SupervisedPolicy", "__version__"]
+__all__ = [
+    "DirectPreferencePolicy",
+    "InputError",
+    "PairwisePolicy",
+    "PreferenceDataModule",
+    "RewardModel",
+    "SupervisedPolicy",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from p3o_lightning.data import PreferenceDataModule
+    from p3o_lightning.direct import DirectPreferencePolicy
     from p3o_lightning.errors import InputError
     from p3o_lightning.policy import PairwisePolicy
     from p3o_lightning.reward_model import RewardModel

@@ -16,21 +16,24 @@ Where a judge gave `gaps` and no scores, a response's score is the mean of its g
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from p3o_lightning.batches import Experience
 from p3o_lightning.errors import InputError
-from p3o_lightning.objectives import Number
+from p3o_lightning.objectives import Number, _precise
 from p3o_lightning.ppo import generalized_advantages, ppo, token_rewards
 from p3o_lightning.relative_terms import Prepared, RelativeTerms, clipped_gain, k3_of, masked_mean, prepare, ratio_of, terms_of
 
 __all__ = [
     "OBJECTIVES",
+    "DirectTerms",
     "RelativeTerms",
     "copg",
+    "direct_preference_loss",
     "dr_grpo",
     "generalized_advantages",
     "grpo",
@@ -238,6 +241,54 @@ def copg(token_logps: Float[Tensor, "prompt response token"], experience: Experi
     lead = _reference_odds(batch)
     loss = -(batch.gaps - kl_coef / 2 * lead) * lead
     return _pair_terms(loss.mean(), batch.gaps - kl_coef * lead, batch)
+
+
+# ---- offline: comparisons that people made ------------------------------------------------------------------------------------------
+
+
+class DirectTerms(NamedTuple):
+    """The loss of comparisons and four detached figures of the rewards that it implies, beta log pi/pi_ref."""
+
+    loss: Float[Tensor, ""]  # to minimise, the mean over pairs; carries the gradient
+    chosen: Float[Tensor, ""]  # mean reward of the chosen responses
+    rejected: Float[Tensor, ""]  # of the rejected
+    accuracy: Float[Tensor, ""]  # share in [0, 1] of pairs with chosen > rejected; a tie counts 1/2
+    margin: Float[Tensor, ""]  # mean of chosen - rejected
+
+
+def direct_preference_loss(
+    logps: Float[Tensor, "pair 2"],
+    ref_logps: Float[Tensor, "pair 2"],
+    lengths: Int[Tensor, "pair 2"],
+    *,
+    loss_type: str = "sigmoid",
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
+) -> DirectTerms:
+    """DPO and IPO on comparisons, the better response first. With u = log pi/pi_ref of a response, T its tokens, e = label_smoothing,
+
+        sigmoid:  L = -(1 - e) log sigmoid(beta (u_1 - u_2)) - e log sigmoid(-beta (u_1 - u_2))
+        ipo:      L = (u_1 / T_1 - u_2 / T_2 - 1 / (2 beta))^2
+    Sources: Rafailov et al. 2023, arXiv 2305.18290 (sigmoid); Azar et al. 2023, arXiv 2310.12036, equation 17, with log-probabilities
+    averaged over tokens as in TRL 1.16's DPOTrainer, which says that its authors did so (ipo); Mitchell 2023, cDPO (label smoothing).
+
+    Args:
+        logps: log pi(y|x), nats of the whole response, under the policy being trained; carries the gradient.
+        ref_logps: under the reference.
+        lengths: tokens of each response, EOS included; read by ipo.
+    """
+    gained = _precise(logps) - _precise(ref_logps).detach()
+    if loss_type == "ipo":
+        per_token = gained / lengths.clamp(min=1)
+        loss = (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)).square()
+    elif loss_type == "sigmoid":
+        lead = beta * (gained[:, 0] - gained[:, 1])
+        loss = -(1 - label_smoothing) * logsigmoid(lead) - label_smoothing * logsigmoid(-lead)
+    else:
+        raise InputError(f'loss_type is {loss_type!r}, which is not a choice: write "sigmoid" or "ipo".')
+    rewards = beta * gained.detach()
+    margin, (chosen, rejected) = rewards[:, 0] - rewards[:, 1], rewards.mean(0)
+    return DirectTerms(loss.mean(), chosen, rejected, accuracy=((margin.sign() + 1) / 2).mean(), margin=margin.mean())
 
 
 # ---- parts of the equations -----------------------------------------------------------------------------------------------------------

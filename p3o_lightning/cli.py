@@ -20,7 +20,7 @@ usage: p3o COMMAND [options]
 Reinforcement learning from human feedback by relative feedback (P3O), on PyTorch Lightning.
 
 train and use models (LightningCLI; each takes --config FILE, several overlay, and --help):
-  fit         train a stage: SupervisedPolicy, RewardModel or PairwisePolicy
+  fit         train a stage: SupervisedPolicy, RewardModel or PairwisePolicy; or DirectPreferencePolicy (DPO)
   validate    evaluate on the validation rows
   test        evaluate on the test rows
   predict     sample responses to prompts, as JSON lines

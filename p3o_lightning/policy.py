@@ -24,7 +24,7 @@ from p3o_lightning.generation import Sampling
 from p3o_lightning.kl_control import adapted_kl_coef
 from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.objectives import P3OTerms, p3o_loss, p3o_token_loss, sqrt_length_clip_range
-from p3o_lightning.policy_settings import check_feedback, check_settings, settings_of_relative
+from p3o_lightning.policy_settings import check_feedback, check_settings, clip_range_of, settings_of_relative
 from p3o_lightning.relative_terms import RelativeTerms
 from p3o_lightning.rewards import RewardInput, reward_sources
 from p3o_lightning.rollouts import SamplingPolicy
@@ -122,6 +122,7 @@ class PairwisePolicy(SamplingPolicy):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings(arguments)
+        arguments["clip_range"] = clip_range = clip_range_of(arguments)  # so that a checkpoint says which
         super().__init__(
             model,
             load_policy,
@@ -142,8 +143,7 @@ class PairwisePolicy(SamplingPolicy):
         self.objective, self.objective_settings = objective, settings_of_relative(arguments)
         self.critic = Critic(self.model) if objective == "ppo" else None
         self.loss_settings: dict[str, Any] = {"weight_cap": weight_cap, "kl_source": kl_source, "gap_scale": gap_scale}
-        self.clipping, self.clip_level = clipping, clip_level
-        self.clip_range = 0.2 if clip_range is None else clip_range
+        self.clipping, self.clip_range, self.clip_level = clipping, clip_range, clip_level
         self.clip_reference_length, self.cross_weight = clip_reference_length, cross_weight
         self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
         self.state = ExperienceState(kl_coef=kl_coef)
@@ -212,7 +212,7 @@ class PairwisePolicy(SamplingPolicy):
             return RELATIVES[self.objective](token_logps, batch, kl_coef=self.state.kl_coef, **self.objective_settings, **of_critic)
         clip_range: Any = self.clip_range
         if self.clip_reference_length is not None:
-            clip_range = sqrt_length_clip_range(self.clip_range, batch.completion_mask.sum(-1), self.clip_reference_length)
+            clip_range = sqrt_length_clip_range(clip_range, batch.completion_mask.sum(-1), self.clip_reference_length)
         settings = {**self.loss_settings, "clip_range": clip_range, "kl_coef": self.state.kl_coef, "gaps": batch.gaps}
         scores = batch.scores if batch.gaps is None else None
         if self.clip_level == "token":

@@ -66,6 +66,16 @@ def check_feedback(objective: str, judged: bool) -> None:
         )
 
 
+def clip_range_of(given: dict[str, Any]) -> float | None:
+    """As given, or what the objective's own source has; None of one that clips nothing."""
+    if given["clip_range"] is not None:
+        return given["clip_range"]
+    if given["objective"] == "p3o":
+        return 0.2
+    parameter = inspect.signature(RELATIVES[given["objective"]]).parameters.get("clip_range")
+    return None if parameter is None else parameter.default
+
+
 def settings_of_relative(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the objective's function that do not change from batch to batch; of p3o, none."""
     objective, settings = given["objective"], dict(given["objective_settings"] or {})

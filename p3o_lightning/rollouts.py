@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode
-from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_with_logps
+from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions, sample_with_logps
 from p3o_lightning.reference import ReferencedPolicy
 from p3o_lightning.rewards import Responses, RewardSum
 from p3o_lightning.seeds import mix
@@ -167,6 +167,22 @@ class SamplingPolicy(ReferencedPolicy):
         """K sampled responses for each prompt: rows {"prompt", "responses"}."""
         tokens, mask = self.sample(batch, seed=mix(self.seed, batch_idx, 2))
         return prediction_rows(self.tokenizer, batch, tokens, mask)
+
+
+def answers(stage: Any, batch: PromptBatch, sampling: Sampling, seed: int) -> list[dict[str, Any]]:
+    """Sampled responses of a stage's policy: rows {"prompt", "responses"}; dropout off."""
+    with eval_mode(stage.model), stage.whole_weights():
+        tokens, mask = sample_completions(
+            stage.model,
+            batch.tokens,
+            batch.attention_mask,
+            sampling,
+            eos_token_id=stage.tokenizer.eos_token_id,
+            pad_token_id=stage.tokenizer.pad_token_id,
+            seed=seed,
+            share=(stage.global_rank, stage.trainer.world_size),
+        )
+    return prediction_rows(stage.tokenizer, batch, tokens, mask)
 
 
 @contextmanager

@@ -221,7 +221,7 @@ class Stage(L.LightningModule):
         """The README.md of the export: what it is, how to load it, how it was made."""
         from p3o_lightning import __version__
 
-        head = "AutoModelForSequenceClassification" if self.view == "pairs" else "AutoModelForCausalLM"
+        head = "AutoModelForCausalLM" if unwrapped(self.model).can_generate() else "AutoModelForSequenceClassification"
         settings = json.dumps(dict(self.hparams), indent=2, default=str, sort_keys=True)
         return (
             f"{_CARD_HEAD}---\n"

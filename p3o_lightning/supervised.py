@@ -11,9 +11,10 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PromptBatch
-from p3o_lightning.forwards import accepts, eval_mode
-from p3o_lightning.generation import Sampling, prediction_rows, sample_completions
+from p3o_lightning.forwards import accepts
+from p3o_lightning.generation import Sampling
 from p3o_lightning.models import ModelSource, load_policy
+from p3o_lightning.rollouts import answers
 from p3o_lightning.seeds import mix
 from p3o_lightning.stage import Stage
 
@@ -114,15 +115,4 @@ class SupervisedPolicy(Stage):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One sampled response for each prompt: rows {"prompt", "responses"}."""
-        with eval_mode(self.model), self.whole_weights():
-            tokens, mask = sample_completions(
-                self.model,
-                batch.tokens,
-                batch.attention_mask,
-                self.sampling,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                seed=mix(self.seed, batch_idx),
-                share=(self.global_rank, self.trainer.world_size),
-            )
-        return prediction_rows(self.tokenizer, batch, tokens, mask)
+        return answers(self, batch, self.sampling, mix(self.seed, batch_idx))

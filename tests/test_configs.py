@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from p3o_lightning import PairwisePolicy, RewardModel, SupervisedPolicy
+from p3o_lightning import DirectPreferencePolicy, PairwisePolicy, RewardModel, SupervisedPolicy
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.commands.demo_task import write_task
 from p3o_lightning.models import load_policy
@@ -21,7 +21,7 @@ FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.r
 RECIPES = [name for name in FILES if "model" in yaml.safe_load((CONFIGS.parent / name).read_text())]
 STAGES = ("sft", "reward", "policy")
 FAMILIES = sorted({Path(name).parent.as_posix() for name in RECIPES})
-CLASSES = {"sft": SupervisedPolicy, "reward": RewardModel, "policy": PairwisePolicy}
+CLASSES = {"sft": SupervisedPolicy, "reward": RewardModel, "policy": PairwisePolicy, "direct": DirectPreferencePolicy}
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
@@ -83,7 +83,7 @@ def test_its_stages_train_in_a_row(p3o, family, monkeypatch):
         head.from_pretrained(root / "export")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", CLASSES)
 def test_a_debug_recipe_runs_to_its_end(p3o, stage, monkeypatch):
     """The export gives the outputs of the checkpoint's model; the policy saves after every rollout."""
     saved = []

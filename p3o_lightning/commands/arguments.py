@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 from p3o_lightning.data import PreferenceDataModule
+from p3o_lightning.direct import DirectPreferencePolicy
 from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
 from p3o_lightning.policy import PairwisePolicy
@@ -26,7 +27,7 @@ from p3o_lightning.server_judge import ServerJudge
 from p3o_lightning.shipped import shipped
 from p3o_lightning.supervised import SupervisedPolicy
 
-STAGES = (SupervisedPolicy, RewardModel, PairwisePolicy)  # imported so that YAML can name them without their module
+STAGES = (SupervisedPolicy, RewardModel, PairwisePolicy, DirectPreferencePolicy)  # imported so that YAML can name them without their module
 FEEDBACK = (Ensemble, ServerJudge)  # likewise
 
 
@@ -255,7 +256,7 @@ def overview(command: str) -> str:
         "test": "Evaluate a stage on the test rows (those held out for validation), and print the figures.",
         "predict": "Sample responses to prompts, as JSON lines in <default_root_dir>/predictions.jsonl.",
     }
-    classes = "\n".join(f"  {stage.__name__:<18}{(stage.__doc__ or '').splitlines()[0]}" for stage in STAGES)
+    classes = "\n".join(f"  {stage.__name__:<24}{(stage.__doc__ or '').splitlines()[0]}" for stage in STAGES)
     return f"""{what[command]}
 
 Choose the stage by its class, in the config (model: class_path:) or by --model CLASS:

@@ -176,7 +176,7 @@ class StageCLI(LightningCLI):
             raise
         if self.subcommand == "predict" and not is_overridden("predict_step", self.model):
             raise InputError(
-                f"model.class_path is {type(self.model).__name__}, which samples no responses: predict with a SupervisedPolicy or a "
+                f"model.class_path is {type(self.model).__name__}, which samples no responses: predict with a policy, e.g. a "
                 "PairwisePolicy; p3o validate measures a RewardModel."
             )
 
