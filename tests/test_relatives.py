@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import on_two
+from running import scalars
 from tiny import GPT2, LLAMA, PROMPTS, KeepAll, Recorder, collate, equal, letters, policy, prompts, share_of_a, trainer, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -335,3 +336,34 @@ def test_settings_reach_their_function():
     moved = batch.old_token_logps + 0.1 * torch.arange(2).view(1, 2, 1)
     losses = [float(policy(objective="rebel", objective_settings={"eta": eta}).loss(moved, batch).loss) for eta in (1, 2)]
     assert losses[0] != losses[1]
+
+
+# ---- the command
+
+
+def test_the_command_trains_resumes_and_exports_with_a_critic(p3o):
+    config = ["--config", "configs/debug/policy.yaml", "--model.objective", "ppo", "--model.objective_settings.gae_lambda", "0.9"]
+    assert p3o("fit", *config, "--trainer.max_steps", "4").code == 0
+    resumed = p3o("fit", *config, "--trainer.max_steps", "8", "--ckpt_path", "last")
+    assert resumed.code == 0 and "resumed from step 4" in resumed.out + resumed.err
+    root = p3o.folder / "runs/debug/policy"
+    kept = PairwisePolicy.load_from_checkpoint(root / "checkpoints/last.ckpt")
+    assert kept.objective_settings["gae_lambda"] == 0.9 and kept.critic is not None
+    AutoModelForCausalLM.from_pretrained(root / "export")
+    figures = scalars(next((root / "logs").rglob("events.*")).parent)
+    assert len(figures["loss/value_avg"]) == 4 and figures["loss/value_avg"][0][0] == 4  # of the second run
+    assert p3o("predict", *config, "--ckpt_path", "last", "--trainer.limit_predict_batches", "1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model.objective", "dpo"], "model.objective"),
+        (["--model.objective", "rloo", "--model.clipping", "separate"], "model.clipping is 'separate', which objective rloo does not read"),
+        (["--model.objective", "ppo", "--model.objective_settings", "{lam: 1}"], "model.objective_settings has 'lam'"),
+        (["--model.objective", "ppo", "--model.objective_settings.gamma", "2"], "model.objective_settings.gamma is 2: choose a discount"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_in_one_line(p3o, flags, says):
+    assert says in p3o("fit", "--config", "configs/debug/policy.yaml", *flags).error
