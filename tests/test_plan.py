@@ -14,7 +14,7 @@ from tiny import LLAMA, letters, policy, prompts, trainer
 
 from p3o_lightning import PairwisePolicy, RewardModel
 from p3o_lightning.callbacks import LastCheckpoint
-from p3o_lightning.commands import doctor, plan
+from p3o_lightning.commands import plan, plan_page
 from p3o_lightning.commands.trainer import main
 from p3o_lightning.errors import InputError
 
@@ -28,7 +28,7 @@ def planned(p3o, *configs, **overlay):
     if overlay:
         (p3o.folder / "over.yaml").write_text(yaml.safe_dump(overlay))
         configs += ("over.yaml",)
-    return plan.Plan(main(["fit", *(f"--config={config}" for config in configs)], plan.Planned).settings)
+    return plan.Plan(main(["fit", *(f"--config={config}" for config in configs)], plan_page.Planned).settings)
 
 
 def of_model(**settings):
@@ -216,7 +216,7 @@ def test_nothing_is_imported_for_it_where_a_package_is_missing():
     ],
 )
 def test_where_it_does_not_fit_one_thing_is_advised(p3o, monkeypatch, overlay, advice):
-    monkeypatch.setattr(doctor, "_memory", lambda: (2**21, 2**10))
+    monkeypatch.setattr(plan, "memory_here", lambda: (2**21, 2**10))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (p3o.folder / "over.yaml").write_text(yaml.safe_dump(overlay))
     shown = p3o("doctor", "--plan", DEBUG, "--plan", "over.yaml")
@@ -248,7 +248,7 @@ def test_the_documents_commands_can_be_run(p3o):
         if command == "doctor":
             assert p3o(command, *arguments).code == 0
         elif "configs/smollm2-hh/policy.yaml" not in arguments:  # its models are made by its earlier stages
-            plan.Plan(main([command, *arguments], plan.Planned).settings)
+            plan.Plan(main([command, *arguments], plan_page.Planned).settings)
 
 
 def test_the_documents_links_lead_somewhere():

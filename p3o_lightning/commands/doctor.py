@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from p3o_lightning.cli import OneLineParser
+from p3o_lightning.commands.machine import memory_here
 from p3o_lightning.errors import InputError
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "tensorboard", "jsonargparse", "safetensors")
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.plan:
         if check_packages(problems := Problems(), _version):
-            import_module("p3o_lightning.commands.plan").show(given.plan)
+            import_module("p3o_lightning.commands.plan_page").show(given.plan)
         if problems.problems:
             sys.exit(2)
         return
@@ -136,7 +137,7 @@ def check_machine(report: Report) -> None:
     report.ok(f"{cores} CPU cores, {torch.get_num_threads()} torch threads (OMP_NUM_THREADS {'not set' if threads is None else threads})")
     if torch.get_num_threads() > cores:
         report.note(f"torch uses more threads than there are cores, which is slow: export OMP_NUM_THREADS={cores}")
-    if memory := _memory():
+    if memory := memory_here():
         report.ok(f"memory {memory[0] / 2**30:.1f} GiB, {memory[1] / 2**30:.1f} GiB of it free")
     free = shutil.disk_usage(Path.cwd()).free
     if free < LEAST_DISK:
@@ -170,15 +171,6 @@ def _cpu_has_bfloat16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):  # a build without oneDNN
         return False
-
-
-def _memory() -> tuple[int, int] | None:
-    """Bytes in all, and free for use."""
-    try:
-        pages = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line}
-        return pages["MemTotal"], pages["MemAvailable"]
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
 
 
 def tiny_policy(**settings: Any) -> Any:

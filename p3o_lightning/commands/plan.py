@@ -1,6 +1,6 @@
-"""`p3o doctor --plan CONFIG`: how much memory the run of a config will take, before it is started.
+"""What the run of a parsed config will do, and how much memory it will take, before it is started.
 
-The config is parsed as by `p3o fit`; models are built on torch's meta device, so that no weight and no data are read.
+Models are built on torch's meta device, so that no weight and no data are read.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from p3o_lightning import memory
-from p3o_lightning.commands.terminal import quiet_libraries
-from p3o_lightning.commands.trainer import StageCLI, main
+from p3o_lightning.commands.machine import memory_here
 from p3o_lightning.data import PreferenceDataModule
 from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
@@ -40,23 +37,6 @@ from p3o_lightning.rewards import ModelReward
 from p3o_lightning.sharding import layers_of, splits
 from p3o_lightning.supervised import SupervisedPolicy
 from p3o_lightning.tokenizers import distinct_pad_token, load_tokenizer, tokenizer_source
-
-
-class Planned(StageCLI):
-    """A fit that is parsed, and nothing more."""
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def before_instantiate_classes(self) -> None:
-        """No folder is written to."""
-        quiet_libraries(quiet=True)
-
-    def instantiate_classes(self) -> None:
-        """None."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Not at all."""
 
 
 class Plan:
@@ -245,12 +225,10 @@ class Plan:
 
     def available(self) -> tuple[int, str]:
         """Bytes that one process may use on this machine, and in words."""
-        from p3o_lightning.commands.doctor import _memory
-
         if self.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
             about = torch.cuda.get_device_properties(0)
             return about.total_memory, f"a GPU here has {amount(about.total_memory)} ({about.name})"
-        total = _memory()
+        total = memory_here()
         if total is None:
             return 0, "how much memory this machine has is not known"
         here = f"{amount(total[1])} free for {self.local} process{'es' if self.local > 1 else ''}"
@@ -286,31 +264,6 @@ def amount(size: int) -> str:
     """Bytes, in the largest unit of which there is one."""
     unit, name = next(((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if size >= unit), (2**10, "KiB"))
     return f"{size / unit:,.1f} {name}" if size else "0"
-
-
-def show(configs: list[str]) -> None:
-    """Print the estimate of a config."""
-    plan = Plan(main(["fit", *(f"--config={config}" for config in configs)], Planned).settings)
-    estimate, console = plan.estimate, Console(width=None if Console().is_terminal else 120)
-    number = f"{plan.processes} process{'es' if plan.processes > 1 else ''}{', split' if plan.work.split else ''}"
-    trained = f"{plan.model.trained:,} of {plan.model.parameters:,} parameters"
-    table = Table(title=f"{plan.stage.__name__}, training {trained}; bytes on each of {number}", title_justify="left")
-    for heading, side in (("part", "left"), ("formula", "left"), ("size", "right"), ("while", "left")):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
-    for part in estimate.parts:
-        phases = "always" if part.phases == memory.PHASES else ", ".join(part.phases)
-        table.add_row(part.name, part.formula, amount(part.size), phases)
-    console.print(table)
-    peaks = ", ".join(f"{name} {amount(size)}" for name, size in estimate.phases.items())
-    free, machine = plan.available()
-    lines = [f"peak {amount(estimate.peak)}: {peaks}", f"checkpoint {amount(estimate.checkpoint)} on disk, twice while it is written"]
-    if estimate.host:
-        lines.append(f"experience {amount(estimate.host)} on the host")
-    lines += [plan.course(), machine, *dict.fromkeys(plan.notes)]
-    if free:
-        lines.append("it fits" if estimate.peak <= free else f"it does not fit: {plan.advice()}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _members(source: Any) -> list[Any]:
