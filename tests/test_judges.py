@@ -154,8 +154,12 @@ def test_the_bootstrap_draws_whole_prompts_whatever_their_size():
     # two prompts, of sizes 1 and 3: means of the four draws (0,0), (0,1), (1,0), (1,1) are 1, 1/4, 1/4, 0
     low, high = bootstrap_interval(torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]))
     assert (float(low), float(high)) == (0, 1)
-    again = bootstrap_interval(torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1, 1, 1]))
-    assert (low, high) == again, "a function of its seed"
+    # five prompts won once, one lost five times: of six drawn, n are the lost one, n >= 3 in 6 % and n >= 4 in 1 % of the draws, and the
+    # mean is (6 - n) / (6 - n + 5 n): 1/6 at n = 3
+    values, groups = torch.tensor([1.0] * 5 + [0.0] * 5), torch.tensor([0, 1, 2, 3, 4, 5, 5, 5, 5, 5])
+    low, high = bootstrap_interval(values, groups)
+    assert (float(low), float(high)) == (pytest.approx(1 / 6), 1)
+    assert bootstrap_interval(values, groups) == (low, high), "a function of its seed"
 
 
 def test_no_comparison_at_all_is_no_number():

@@ -139,6 +139,12 @@ def test_shifts_by_hand():
     assert got.shift_sd == pytest.approx(math.sqrt(47.5)) and got.shift_share == pytest.approx(47.5 / 52.5)
 
 
+def test_shifts_of_prompts_with_unequally_many_responses_by_hand():
+    # means 0 and 4, of all 3; within (4 + 0 + 4) / 2 = 4; between 9 + 3 = 12; responses a prompt (4 - (1 + 9) / 4) / 1 = 1.5
+    got = prompt_shifts(torch.tensor([0.0, 2, 4, 6]), torch.tensor([0, 1, 1, 1]))
+    assert got.within_prompt_sd == 2 and got.shift_sd == pytest.approx(math.sqrt((12 - 4) / 1.5))
+
+
 @pytest.mark.parametrize(("shift", "share"), [(0.0, 0.0), (3.0, 0.9)])
 def test_the_shift_that_was_put_in_is_found(shift, share):
     """Within-prompt standard deviation 1, shifts of the given one, two to five responses a prompt."""
