@@ -1,7 +1,13 @@
 """Reward ensembles: numbers by hand, and reward models trained apart as one reward of a policy.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                  first test that fails, without test_
+    maximum for minimum            by_hand
+    k not read                     by_hand
+    weights not normalised         by_hand
+    variance for sd                by_hand
+    members' networks left behind  reward_models_as_one_reward_and_what_is_logged
+    members' names not distinct    reward_models_as_one_reward_and_what_is_logged
 """
 
 from __future__ import annotations

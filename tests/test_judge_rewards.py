@@ -1,7 +1,12 @@
 """A judge as the reward: gaps without any scalar, from the question put to the judge to the trained policy.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                    first test that fails, without test_
+    judges' weights not read         scores_beside_a_judge_and_the_missing_eos_penalty_enter_the_gaps
+    scores beside a judge forgotten  scores_beside_a_judge_and_the_missing_eos_penalty_enter_the_gaps
+    score differences turned around  scores_beside_a_judge_and_the_missing_eos_penalty_enter_the_gaps
+    judges' figures not logged       what_is_logged_of_a_judged_run
+    any objective takes a judge      an_objective_that_reads_scores_refuses_a_judge
 """
 
 from __future__ import annotations

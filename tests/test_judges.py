@@ -1,7 +1,20 @@
 """Judges, asked in both orders, and the win rate that comes of them.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                        first test that fails, without test_
+    one order asked twice                both_orders_are_asked_and_averaged
+    second order not read                both_orders_are_asked_and_averaged
+    columns once for both orders         both_orders_are_asked_and_averaged
+    contradictions decided by the surer  orders_that_disagree_are_a_tie_however_sure_one_of_them_is
+    no verdict counts as a tie           without_a_verdict_in_both_orders_there_is_none
+    no verdict makes a NaN gap           exchanging_the_two_policies_mirrors_every_figure
+    no verdict is counted                exchanging_the_two_policies_mirrors_every_figure
+    position bias is the lead            a_judge_with_a_favourite_place_gives_ties_and_shows_its_bias
+    equal responses are asked about      equal_responses_tie_unasked_and_a_symmetric_judge_is_asked_once
+    any number is a preference           a_wrong_answer_names_judge_value_and_fix
+    gaps symmetric                       gaps_of_all_pairs_are_antisymmetric_and_may_be_a_cycle
+    Wilson though prompts repeat         comparisons_of_one_prompt_are_no_independent_evidence
+    bootstrap of prompt means            the_bootstrap_draws_whole_prompts_whatever_their_size
 """
 
 from __future__ import annotations

@@ -1,7 +1,15 @@
 """The figures of a reward model's report: known answers, and plain loops over pairs.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                   first test that fails, without test_
+    confidence not folded           a_model_that_is_as_often_right_as_it_says_has_no_calibration_error
+    bisection the wrong way         a_model_that_is_as_often_right_as_it_says_has_no_calibration_error
+    inverse temperature             the_temperature_of_scaled_scores_is_the_scale
+    tolerance of the shorter        length_matched_accuracy_by_hand
+    noise of prompt means left in   shifts_by_hand
+    responses a prompt: plain mean  shifts_of_prompts_with_unequally_many_responses_by_hand
+    split where none agree          disagreement_by_hand
+    EOS effect turned around        the_eos_effect_by_hand
 """
 
 from __future__ import annotations

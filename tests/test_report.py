@@ -1,7 +1,13 @@
 """`p3o report` as a user sees it: figures against plain loops over the same files, what is written, and mistakes in one line.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                   first test that fails, without test_
+    every pair a prompt of its own  one_model_against_a_loop_over_the_pairs
+    scores in sorted order          one_model_against_a_loop_over_the_pairs
+    EOS probe keeps EOS             one_model_against_a_loop_over_the_pairs
+    held out: the others            only_what_a_fit_held_out
+    events of two reports           what_it_writes
+    names raw in Markdown           what_it_writes
 """
 
 from __future__ import annotations

@@ -2,6 +2,19 @@
 
 The power of these tests, found by planting one error at a time:
     planted error                         first test that fails, without test_
+    redirects followed                    a_refusal_stops_at_once
+    the key is quoted back                the_key_travels_in_its_header_and_is_shown_nowhere
+    the key in a cause                    the_key_travels_in_its_header_and_is_shown_nowhere
+    a refusal is asked again              the_key_travels_in_its_header_and_is_shown_nowhere
+    server's text raw                     a_server_that_stays_broken_stops_with_one_line
+    every error asked again               a_request_that_the_server_cannot_read_costs_that_comparison_alone
+    no retries                            a_busy_server_is_asked_again_and_waited_for
+    a verdict at the beginning is enough  verdicts_and_what_is_none
+    all failed and no word                verdicts_and_what_is_none
+    texts pasted into the question        it_asks_in_both_orders_and_reads_the_verdict
+    asked to the end though not there     a_server_that_is_not_there_is_given_up_after_the_first_requests
+    null is sent                          options_reach_the_request_and_null_removes_a_field
+    time-out not used                     time_outs
 """
 
 from __future__ import annotations

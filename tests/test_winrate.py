@@ -1,7 +1,10 @@
 """`p3o winrate A B` as a user sees it: policies or files of predictions, judged by a reward model, a function, a judge or a server.
 
 The power of these tests, found by planting one error at a time:
-    planted error                         first test that fails, without test_
+    planted error                 first test that fails, without test_
+    the worse response preferred  two_files_by_hand
+    sides drawn by other seeds    sampled_responses_are_those_of_the_policy
+    prompts not matched           two_files_by_hand
 """
 
 from __future__ import annotations
