@@ -309,15 +309,15 @@ def config_of(checkpoint: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**json.loads(checkpoint[CHECKPOINT_KEY]["config"]))
 
 
-def from_description(checkpoint: dict[str, Any]) -> PreTrainedModel:
-    """The model that a checkpoint of ours describes, with its weights; its adapters, if any, are merged."""
+def from_description(checkpoint: dict[str, Any], merge: bool = True) -> PreTrainedModel:
+    """The model that a checkpoint of ours describes, with its weights; its adapters, if any, are merged, or left on."""
     about = checkpoint[CHECKPOINT_KEY]
     model: Any = _from_config(config_of(checkpoint), about["classifier"])
     if about["peft"] is not None:
         model = attach_adapter(model, about["peft"])
     weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
     model.load_state_dict(weights)
-    return model.merge_and_unload() if about["peft"] is not None else model
+    return model.merge_and_unload() if merge and about["peft"] is not None else model
 
 
 # ------------------------------------------------------------------------------------------------ LoRA

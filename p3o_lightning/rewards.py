@@ -34,7 +34,7 @@ from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores
 from p3o_lightning.judges import Judge, group_gaps
 from p3o_lightning.models import highest_token_id, load_reward_backbone
 from p3o_lightning.sequences import pad_right
-from p3o_lightning.tokenizers import load_tokenizer
+from p3o_lightning.tokenizers import load_tokenizer, same_ids
 
 RewardFunction = Callable[..., Any]
 RewardInput = str | Path | Judge | Ensemble | RewardFunction | nn.Module
@@ -228,11 +228,10 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
     """Whether both give the same ids to the same text and end it alike; a padding token of its own does not count."""
     if one is other:
         return True
-    probe = "Human: what's 3.5 x 12?\n\nAssistant:  42 \u00e9\u4e2d\U0001f600"
     return (
         one.eos_token_id == other.eos_token_id
         and one.bos_token_id == other.bos_token_id
-        and one(probe)["input_ids"] == other(probe)["input_ids"]
+        and same_ids(one, other)
         and {token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()} <= {one.pad_token, other.pad_token}
     )
 

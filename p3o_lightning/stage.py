@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import lightning.pytorch as L
 import torch
 import torch.distributed
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -25,9 +25,12 @@ from typing_extensions import Self
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
+from p3o_lightning.hub import prepare_repository, push_folder
+from p3o_lightning.model_card import HEAD, model_card
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, from_description, read_checkpoint
 from p3o_lightning.sharding import is_split, prepare_split, whole_state_dict, whole_weights
-from p3o_lightning.tokenizers import load_tokenizer, tokenizer_source
+from p3o_lightning.text import visible
+from p3o_lightning.tokenizers import load_tokenizer, reads_alike, tokenizer_source
 
 
 class Stage(L.LightningModule):
@@ -156,17 +159,21 @@ class Stage(L.LightningModule):
         stage.on_load_checkpoint(checkpoint)
         return stage
 
-    def export(self, folder: str | Path) -> Path:
-        """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a short model card.
+    def export(self, folder: str | Path, *, adapter: bool = False) -> Path:
+        """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a model card.
 
-        LoRA adapters are merged, in a copy. The folder appears whole or not at all: it is written aside and renamed. It replaces an
-        earlier export; a folder with anything else in it is left alone, with an InputError. A model that is split over processes is
-        gathered, so every process calls it, and rank 0 writes.
+        LoRA adapters are merged, in a copy; with `adapter` they are also written alone, as PEFT keeps them, into adapter/ within the
+        folder. The folder appears whole or not at all: it is written aside and renamed. It replaces an earlier export; a folder with
+        anything else in it is left alone, with an InputError. A model that is split over processes is gathered, so every process
+        calls it, and rank 0 writes.
         """
         folder = self.check_export_folder(folder)
-        model = self._whole_model()
+        if adapter:
+            self.check_adapter()
+        whole = self._whole_model()
         if self.global_rank != 0:
             return folder
+        model = copy.deepcopy(whole).merge_and_unload() if is_adapted(whole) else whole
         aside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -175,7 +182,11 @@ class Stage(L.LightningModule):
             if model.can_generate():
                 self._generation_config().save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
-            (aside / "README.md").write_text(self.model_card(), encoding="utf-8")
+            if adapter:  # embeddings are never looked for on the hub, as PEFT would
+                whole.save_pretrained(aside / "adapter", save_embedding_layers=False)
+                (aside / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in
+            alike = reads_alike(aside, self.tokenizer)
+            (aside / "README.md").write_text(self.model_card("AutoTokenizer" if alike else _GENERAL), encoding="utf-8")
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError | SafetensorError):
@@ -185,17 +196,40 @@ class Stage(L.LightningModule):
             raise
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
+        if not alike:
+            rank_zero_warn(
+                f"AutoTokenizer reads text otherwise than this run did: beside a {model.config.model_type} model it takes a class of its "
+                f"own, whatever the export says. Load the tokenizer of {visible(str(folder))} with transformers.{_GENERAL}."
+            )
         return folder
 
     def _whole_model(self) -> Any:
-        """The model with its adapters merged. Of one that is split, a copy on the CPU of rank 0; the others get what they have."""
-        if is_split(self.model, self._root):
-            assert self._root is not None
-            weights = whole_state_dict(self._root)
-            return from_description({CHECKPOINT_KEY: self._description(), "state_dict": weights}) if self.global_rank == 0 else self.model
-        if self.global_rank == 0 and is_adapted(self.model):
-            return copy.deepcopy(self.model).merge_and_unload()
-        return self.model
+        """The model, adapters and all. Of one that is split, a copy on the CPU of rank 0; the others get what they have."""
+        if not is_split(self.model, self._root):
+            return self.model
+        assert self._root is not None
+        weights = whole_state_dict(self._root)
+        if self.global_rank != 0:
+            return self.model
+        return from_description({CHECKPOINT_KEY: self._description(), "state_dict": weights}, merge=False)
+
+    def check_adapter(self) -> None:
+        """Refuse to write an adapter where there is none."""
+        if not is_adapted(self.model):
+            raise InputError("export.adapter is true, but the model has no adapter: set model.peft_config, or leave export.adapter out.")
+
+    prepare_repository = staticmethod(prepare_repository)
+
+    def push_to_hub(self, folder: str | Path, name: str, *, private: bool = True) -> str:
+        """Send an exported folder to the Hugging Face hub; the address of the commit. The token is taken from the environment.
+
+        Args:
+            folder: what `export` wrote.
+            name: of the repository, user/model.
+            private: of a repository that is new; one that is there stays as it is.
+        """
+        prepare_repository(name, private)
+        return push_folder(Path(folder), name, f"{type(self).__name__} by p3o_lightning")
 
     @staticmethod
     def check_export_folder(folder: str | Path) -> Path:
@@ -204,7 +238,7 @@ class Stage(L.LightningModule):
         card = folder / "README.md"
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return folder
-        if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(_CARD_HEAD):
+        if card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith(HEAD):
             return folder
         raise InputError(f"export.dirpath is {str(folder)!r}, which is no earlier export: choose a new folder, so that nothing is lost.")
 
@@ -217,18 +251,19 @@ class Stage(L.LightningModule):
         config.pad_token_id = self.tokenizer.pad_token_id
         return config
 
-    def model_card(self) -> str:
-        """The README.md of the export: what it is, how to load it, how it was made."""
-        from p3o_lightning import __version__
-
-        head = "AutoModelForCausalLM" if unwrapped(self.model).can_generate() else "AutoModelForSequenceClassification"
-        settings = json.dumps(dict(self.hparams), indent=2, default=str, sort_keys=True)
-        return (
-            f"{_CARD_HEAD}---\n"
-            f"# {type(self).__name__} trained with p3o_lightning {__version__}\n\n{_summary(type(self))}\n\n"
-            f"```python\nfrom transformers import {head}, AutoTokenizer\n\n"
-            f'model = {head}.from_pretrained("this folder")\ntokenizer = AutoTokenizer.from_pretrained("this folder")\n```\n\n'
-            f"Settings, {self.trainer.global_step if self._trainer is not None else 0} updates:\n\n```json\n{settings}\n```\n"
+    def model_card(self, tokenizer_class: str = "AutoTokenizer") -> str:
+        """The README.md of the export: what it is, how to load it, what was measured, how it was made."""
+        trainer, rewards = self._trainer, not unwrapped(self.model).can_generate()
+        data = getattr(trainer and trainer.datamodule, "report", None)  # type: ignore[attr-defined]
+        return model_card(
+            title=f"{type(self).__name__} trained with p3o_lightning",
+            summary=_summary(type(self)),
+            classes=("AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM", tokenizer_class),
+            task="text-classification" if rewards else "text-generation",
+            updates=trainer.global_step if trainer is not None else 0,
+            settings=dict(self.hparams),
+            figures=trainer.callback_metrics if trainer is not None else None,
+            data=None if data is None else str(data),
         )
 
 
@@ -241,7 +276,7 @@ def _kind(name: str) -> str:
     return next((word for word in words if word in _OVER), "mean")
 
 
-_CARD_HEAD = "---\nlibrary_name: transformers\ntags: [p3o_lightning, rlhf]\n"
+_GENERAL = "PreTrainedTokenizerFast"
 
 
 def _summary(owner: type) -> str:

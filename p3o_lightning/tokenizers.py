@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from pathlib import Path
 
@@ -43,11 +44,37 @@ def _tokenizer_from_folder_or_hub(source: str) -> PreTrainedTokenizerBase:
     files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
     name = folder_or_hub_name(source, files, "tokenizer", "Save a tokenizer there, or give another: a folder, a hub name, or 'bytes'.")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return _loaded(name)
     except Exception as error:  # the tokenizers library raises bare Exceptions; each means that the tokenizer cannot be used
         raise InputError(
             f"tokenizer is {source!r}, which could not be loaded: {one_line(error)}. Give a folder with tokenizer.json, or a hub name."
         ) from error
+
+
+def _loaded(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved there.
+
+    Beside a model of some types (qwen2, qwen3_5) AutoTokenizer takes their own class whatever tokenizer_config.json says, and that splits
+    words in its own way: a folder whose file names no class but the general one is loaded by that.
+    """
+    settings = Path(name) / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend":
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def reads_alike(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether plain transformers code, which will call AutoTokenizer on the folder, gets the ids that `tokenizer` gives."""
+    try:
+        return same_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), tokenizer)
+    except Exception:  # whatever stops it, the answer is no
+        return False
+
+
+def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both give the same ids to a text of many kinds of character."""
+    probe = "Human: what's 3.5 x 12?\n\nAssistant:  42 \u00e9\u4e2d\U0001f600"
+    return list(one(probe)["input_ids"]) == list(other(probe)["input_ids"])
 
 
 def _tokenizer_from_checkpoint(path: Path) -> PreTrainedTokenizerBase:

@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,  # learned positions, dropout 0.1 as it comes
     "gpt_neox": {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"},
     "qwen2": _COMMON,
+    "qwen3": {**_COMMON, "head_dim": 8},  # queries and keys are normed
     "gemma": {**_COMMON, "head_dim": 8},  # a head wider than hidden / heads may be, scaled embeddings
     "gemma2": {
         **_COMMON,
@@ -34,8 +35,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "attn_implementation": "eager",
     },  # softcapped logits; every other layer slides
+    "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {**_COMMON, "sliding_window": 5},  # shorter than the sequences in the tests
     "olmo": _COMMON,
+    "olmo2": _COMMON,  # norms after attention and MLP
     "opt": {
         "hidden_size": 32,
         "ffn_dim": 64,

@@ -79,6 +79,8 @@ LAYERS = [
         "shipped",
         "text",
         "policy_settings",
+        "model_card",
+        "hub",
     },
 ]
 CALLBACKS_MAY_IMPORT = {"callbacks", "batches", "metrics", "errors", "text"}

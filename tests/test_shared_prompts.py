@@ -11,8 +11,8 @@ from p3o_lightning.shared_prompts import allows, grouped_completion_logps, pays,
 from tests.families import VOCABULARY, causal, left_padded
 from tests.tiny import policy, prompts, trainer
 
-SHARING = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma", "olmo", "opt", "falcon", "gptj"]
-NOT_SHARING = ["gemma2", "mistral", "bloom", "mamba", "jamba"]  # windows shorter than the try-out, ALiBi, recurrent layers
+SHARING = ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "opt", "falcon", "gptj"]
+NOT_SHARING = ["gemma2", "gemma3_text", "mistral", "bloom", "mamba", "jamba"]  # windows shorter than the try-out, ALiBi, recurrent layers
 
 
 def batch(count=3, length=4, lengths=(3, 8, 1)):

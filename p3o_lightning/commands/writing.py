@@ -21,7 +21,7 @@ def check_writing(settings: Any, arguments: list[str], sections: list[str]) -> N
 
     A text under a key such as `dirpath`, `path` or `save_dir` is a path from the working folder, any other (`filename`, a logger's
     `name` and `sub_dir`) one from the run's folder; `..` and links are followed. What a flag in `arguments` names is asked for, and with
-    --write_outside all is.
+    --write_outside all is. A repository to send to is held to the same.
     """
     given, folder = list(_flags(arguments)), str(settings.trainer.default_root_dir)
     root = _resolved(_ROOT, folder)
@@ -31,6 +31,10 @@ def check_writing(settings: Any, arguments: list[str], sections: list[str]) -> N
     if root in Path.cwd().parents and not _asked(_ROOT, folder, given):
         raise InputError(f"{_ROOT} is {folder!r}, which holds the working folder: name a folder of the run's own, {fix}")
     for key, text in (pair for section in sections for pair in _texts(section, settings.get(section))):
+        if key.endswith("push_to_hub"):  # no path, but out of the folder all the same
+            if not _asked(key, text, given):
+                raise InputError(f"{key} is {text!r} in a config file, which may send nothing out: type --{key} {text}, {fix}")
+            continue
         text_of_path = re.sub("^file:(//)?", "", text)
         from_here = text_of_path != text or re.search("(?<!sub_)dir|path|folder", key.rpartition(".")[2])
         place = _resolved(key, Path(text_of_path) if from_here else root / text)
