@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import lightning.pytorch as L
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PairBatch, PromptBatch
-from p3o_lightning.data_files import fetch, is_hub_name, read_records
+from p3o_lightning.data_files import check_rows, described, fetch, is_hub_name, read_records
 from p3o_lightning.data_formats import Unusable, View, normalise
 from p3o_lightning.encoding import (
     Encoded,
@@ -57,7 +58,8 @@ class PreferenceDataModule(L.LightningDataModule):
     {"role", "content"} messages. After `setup()`, `report` says what was used and what was dropped, and why.
 
     Args:
-        path: a .json, .jsonl, .csv or .parquet file (JSON may be gzipped), a folder of them, a saved `datasets` folder, or a hub name.
+        path: a .json, .jsonl, .csv or .parquet file (JSON may be gzipped), a folder of them, a saved `datasets` folder, or a hub name;
+            in code also a datasets.Dataset or a list of rows, and so for val_path and predict_path.
         tokenizer: object, folder, hub name or "bytes"; None: the fitted module's.
         view: "demonstrations", "pairs" or "prompts"; None: what the fitted module consumes.
         batch_size: rows a batch on one device; training leaves out the last, partial batch.
@@ -80,7 +82,7 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[dict[str, Any]],
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         view: View | None = None,
         *,
@@ -89,9 +91,9 @@ class PreferenceDataModule(L.LightningDataModule):
         max_length: int = 512,
         max_prompt_length: int | None = None,
         columns: dict[str, str] | None = None,
-        val_path: str | None = None,
+        val_path: str | list[dict[str, Any]] | None = None,
         val_fraction: float = 0.1,
-        predict_path: str | None = None,
+        predict_path: str | list[dict[str, Any]] | None = None,
         split: str = "train",
         chat: bool = False,
         streaming: bool = False,
@@ -100,9 +102,14 @@ class PreferenceDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        path, val_path, predict_path = str(path), val_path and str(val_path), predict_path and str(predict_path)
+        path = str(path) if isinstance(path, Path) else path
+        val_path, predict_path = (str(item) if isinstance(item, Path) else item for item in (val_path, predict_path))
+        objects = {"tokenizer": tokenizer, "path": path, "val_path": val_path, "predict_path": predict_path}
         # objects stay out of the checkpoint, which must load with weights_only=True
-        self.save_hyperparameters(logger=False, ignore=["tokenizer"] if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
+        self.save_hyperparameters(logger=False, ignore=[name for name, item in objects.items() if not isinstance(item, str | None)])
+        for name, rows in list(objects.items())[1:]:
+            if not isinstance(rows, str | None):
+                check_rows(rows, f"data.{name}", streaming)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("val_batch_size", val_batch_size, 1),
@@ -128,7 +135,7 @@ class PreferenceDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Download what comes from the hub, once on each machine."""
         for field, path in (("path", self.path), ("val_path", self.val_path), ("predict_path", self.predict_path)):
-            if path is not None and is_hub_name(path) and not (self.streaming and field == "path"):
+            if isinstance(path, str) and is_hub_name(path) and not (self.streaming and field == "path"):
                 fetch(path, self.split, f"data.{field}")
 
     def setup(self, stage: str | None = None) -> None:
@@ -151,7 +158,7 @@ class PreferenceDataModule(L.LightningDataModule):
             self.report = _report(counts, self._train_rows(), len(self._val or ()))
             self._prepared = (view, source, stage == "predict")
             streamed = self.streaming and stage != "predict"
-            news = f"data: {self.path!r} is streamed; {len(self._val or ()):,} rows for validation"
+            news = f"data: {described(self.path)} is streamed; {len(self._val or ()):,} rows for validation"
             rank_zero_info(news if streamed else str(self.report))
         if stage in ("fit", None):
             self._check_training()
@@ -193,7 +200,9 @@ class PreferenceDataModule(L.LightningDataModule):
         rows = TokenRows(usable())
         counts.update(here)
         if not rows:
-            raise InputError(f"{field} is {path!r}, of whose {here.total():,} rows none can be used ({_reasons(here)}): {_fix(here)}.")
+            raise InputError(
+                f"{field} is {described(path)}, of whose {here.total():,} rows none can be used ({_reasons(here)}): {_fix(here)}."
+            )
         return rows
 
     def _split_rows(self, counts: Counter[str]) -> None:
@@ -208,13 +217,14 @@ class PreferenceDataModule(L.LightningDataModule):
         if held_out is not None:
             if both := len(set(rows.keys) & set(held_out.keys)):
                 rank_zero_warn(
-                    f"{both:,} prompts of data.val_path {self.val_path!r} are in data.path too: validation is not on unseen prompts."
+                    f"{both:,} prompts of data.val_path {described(self.val_path or '')} are in data.path too: "
+                    "validation is not on unseen prompts."
                 )
         elif self.val_fraction > 0:
             if len(set(rows.keys)) < 2:
                 raise InputError(
-                    f"data.val_fraction is {self.val_fraction}, but {self.path!r} has one usable prompt only, and no prompt may be on both "
-                    "sides of the split: add prompts, set data.val_path, or set data.val_fraction to 0."
+                    f"data.val_fraction is {self.val_fraction}, but {described(self.path)} has one usable prompt only, and no prompt may "
+                    "be on both sides of the split: add prompts, set data.val_path, or set data.val_fraction to 0."
                 )
             held = held_out_prompts(rows.keys, self.val_fraction, self.seed)
             self._val = Subset(rows, [index for index, key in enumerate(rows.keys) if key in held])
@@ -231,8 +241,8 @@ class PreferenceDataModule(L.LightningDataModule):
         elif rows < self.batch_size * replicas:
             devices = f" on each of {replicas} devices" if replicas > 1 else ""
             raise InputError(
-                f"data.batch_size is {self.batch_size}{devices}, but {self.path!r} has {rows} rows for training, and the last, partial "
-                f"batch is left out: set data.batch_size to {max(rows // replicas, 1)} or less, or add rows."
+                f"data.batch_size is {self.batch_size}{devices}, but {described(self.path)} has {rows} rows for training, and the "
+                f"last, partial batch is left out: set data.batch_size to {max(rows // replicas, 1)} or less, or add rows."
             )
 
     def _replicas(self) -> dict[str, int]:
@@ -301,8 +311,8 @@ class PreferenceDataModule(L.LightningDataModule):
         before = state_dict.get("fingerprint")
         if None not in (before, self._fingerprint) and before != self._fingerprint:
             rank_zero_warn(
-                f"data.path is {self.path!r}, whose rows are not those the checkpoint was trained on (other data, tokenizer or limits): "
-                "the run goes on, but will not repeat the one that was interrupted."
+                f"data.path is {described(self.path)}, whose rows are not those the checkpoint was trained on (other data, tokenizer or "
+                "limits): the run goes on, but will not repeat the one that was interrupted."
             )
 
 
@@ -319,7 +329,7 @@ _COLLATE: dict[str, Callable[..., Any]] = {
 }
 
 
-def _stream(path: str, split: str, replicas: dict[str, int], encoder: Encoder, columns: dict[str, str] | None) -> Iterator[Encoded]:
+def _stream(path: Any, split: str, replicas: dict[str, int], encoder: Encoder, columns: dict[str, str] | None) -> Iterator[Encoded]:
     records = read_records(path, split, streaming=True, rank=replicas["rank"], world_size=replicas["num_replicas"])
     rows = encoder(normalise(records, encoder.view, columns))
     return (row for row in rows if not isinstance(row, Unusable))

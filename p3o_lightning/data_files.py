@@ -14,10 +14,10 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.shipped import shipped
@@ -34,6 +34,9 @@ _short.maxstring = _short.maxother = _short.maxlong = 60
 _short.maxlevel = 2
 
 
+Rows: TypeAlias = str | Iterable[dict[str, Any]]  # a path or hub name; in code also a datasets.Dataset, or any rows that have a length
+
+
 class Record(NamedTuple):
     """One record as it stands in the data."""
 
@@ -42,12 +45,15 @@ class Record(NamedTuple):
 
 
 def read_records(
-    path: str, split: str = "train", *, field: str = "data.path", streaming: bool = False, rank: int = 0, world_size: int = 1
+    path: Rows, split: str = "train", *, field: str = "data.path", streaming: bool = False, rank: int = 0, world_size: int = 1
 ) -> Iterator[Record]:
-    """All records of a file, a folder or a hub dataset, lazily; with several ranks, the share of one: every record belongs to one rank.
+    """All records of a file, a folder, a hub dataset or rows in memory, lazily; with several ranks, one's share: a record belongs to one.
 
     Raises InputError, naming `field`, for what cannot be read. A folder holds a saved dataset or files of the known kinds, read by name.
     """
+    if not isinstance(path, str):
+        yield from (_record(f"{field}, row {number}", values) for number, values in enumerate(path, 1))
+        return
     if is_hub_name(path):
         # a stream is split by whole files where it can be, so that no rank downloads another's share
         yield from _hub(path, split, field, streaming, (rank, world_size) if streaming else (0, 1))
@@ -57,8 +63,26 @@ def read_records(
             yield record
 
 
-def is_hub_name(path: str) -> bool:
+def check_rows(rows: Any, field: str, streaming: bool) -> None:
+    """Refuse what stands for data in code and cannot be read as rows from the first to the last."""
+    kind = type(rows).__name__
+    if isinstance(rows, Mapping):
+        raise InputError(f"{field} is a {kind} of {show(list(rows))}: give one of them, e.g. dataset['train'].")
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__iter__")):
+        raise InputError(f"{field} is a {kind}: give a file, a folder, a hub name, a datasets.Dataset or a list of rows.")
+    if streaming:
+        raise InputError(f"data.streaming is true, but {field} is a {kind}, which is in memory already: give a file or a hub name.")
+
+
+def described(path: Rows) -> str:
+    """The data in a message: its path, or what kind of rows it is."""
+    return repr(path) if isinstance(path, str) else f"a {type(path).__name__} of {len(path):,} rows"  # type: ignore[arg-type]
+
+
+def is_hub_name(path: Rows) -> bool:
     """Whether `path` can only mean a dataset on the hub: nothing of that name is here, and it has no file's ending."""
+    if not isinstance(path, str):
+        return False
     try:
         place = shipped(path).expanduser()
         there = place.exists()

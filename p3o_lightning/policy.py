@@ -150,6 +150,7 @@ class PairwisePolicy(SamplingPolicy):
         self.rollout_seed = seed  # set anew before every rollout, a function of (seed, rollout)
         self.rollout_rewards: dict[str, Tensor] = {}  # each reward source's own scores of the latest rollout
         self.rollout_judged: dict[str, Tensor] = {}  # the judges' figures of it, by tag
+        self.rollout_log = None
         self.micro_batch: Experience | None = None  # as the loader yielded it, latest
         self.latest_log_ratio: Tensor | None = None  # log pi/pi_old of the latest micro-batch's responses, nats, for who looks at it
         self.one_update = False  # whether a rollout is trained on by one update: the loader knows
@@ -340,7 +341,8 @@ class PairwisePolicy(SamplingPolicy):
         """Log the rollout's figures at the step it was made, then let the adaptive controller move kl_coef."""
         self.prove_rewards(prompts, experience)
         ended = self.ended(experience.completion_tokens, experience.completion_mask)
-        figures = rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)
+        logged = {} if self.rollout_log is None else {name: torch.tensor(mean) for name, mean in self.rollout_log.means().items()}
+        figures = logged | rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)  # no function's word for our own
         if self.rewards is not None:
             figures |= self.rollout_judged | self.rewards.figures(self.rollout_rewards)
         values = torch.stack([value.float() for value in self.over_processes(figures).values()])

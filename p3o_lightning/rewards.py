@@ -33,6 +33,7 @@ from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores
 from p3o_lightning.judges import Judge, group_gaps
 from p3o_lightning.models import highest_token_id, load_reward_backbone
+from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.sequences import pad_right
 from p3o_lightning.tokenizers import load_tokenizer, same_ids
 
@@ -47,10 +48,14 @@ class Responses(NamedTuple):
     tokens: Int[Tensor, "prompt response token"]
     mask: Bool[Tensor, "prompt response token"]
     texts: list[list[str]]  # without special tokens
+    state: TrainerState = TrainerState()
+    log: RewardLog | None = None  # None: what functions log goes nowhere
 
 
 class FunctionReward:
     """A Python function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, as in TRL; it may be async.
+
+    It is also given TRL's `trainer_state`, `log_metric` and `log_extra` (see p3o_lightning.reward_log), by name or in `**columns`.
 
     `completions` are strings, or for conversational prompts lists of one assistant message. None says that the function does
     not apply; the prompt's responses then all get 0 from it, since a gap between a scored and an unscored response means nothing.
@@ -63,6 +68,10 @@ class FunctionReward:
 
     def __call__(self, responses: Responses) -> Float[Tensor, "prompt response"]:
         """One score a response, in the function's own units."""
+        return self.start(responses)()
+
+    def start(self, responses: Responses) -> Callable[[], Float[Tensor, "prompt response"]]:
+        """Call the function; what comes back waits for its scores. So async functions wait for their servers at the same time."""
         prompts, count = responses.prompts.prompts, responses.tokens.shape[1]
         repeated = [prompt for prompt in prompts for _ in range(count)]
         texts: list[Any] = [text for group in responses.texts for text in group]
@@ -73,12 +82,24 @@ class FunctionReward:
         tokens, masks = responses.tokens.flatten(0, 1).cpu(), responses.mask.flatten(0, 1).cpu()
         ids = [row[kept].tolist() for row, kept in zip(tokens, masks, strict=True)]
         columns = {name: [value for value in values for _ in range(count)] for name, values in responses.prompts.columns.items()}
-        arguments = {**columns, "prompts": repeated, "completions": completions, "completion_ids": ids}
+        log = RewardLog(len(ids)) if responses.log is None else responses.log
+        trls = {"trainer_state": responses.state, "log_metric": log.log_metric, "log_extra": log.log_extra}
+        arguments = {**columns, **self._taken(trls), "prompts": repeated, "completions": completions, "completion_ids": ids}
         self._check_signature(arguments)
         answer = self.function(**arguments)
         if inspect.isawaitable(answer):
-            answer = asyncio.run_coroutine_threadsafe(_wait(answer), _event_loop()).result()
-        return self._checked(answer, len(prompts), count)
+            waiting = asyncio.run_coroutine_threadsafe(_wait(answer), _event_loop())
+            return lambda: self._checked(waiting.result(), len(prompts), count)
+        return lambda: self._checked(answer, len(prompts), count)
+
+    def _taken(self, offered: dict[str, Any]) -> dict[str, Any]:
+        """Of what is offered, what the function takes: our own functions need not."""
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except ValueError:  # written in C
+            return {}
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return {name: value for name, value in offered.items() if every or name in parameters}
 
     def _check_signature(self, arguments: dict[str, Any]) -> None:
         try:
@@ -283,10 +304,15 @@ class RewardSum:
     def __call__(self, responses: Responses) -> tuple[Float[Tensor, "prompt response"], dict[str, Tensor]]:
         """The weighted sum of the scores (0 where judges are the only sources), and each source's own by name."""
         total, each = torch.zeros(responses.tokens.shape[:2]), dict[str, Tensor]()
+        started = {source.name: source.start(responses) for source in self.sources if isinstance(source, FunctionReward)}
         for weight, source in zip(self.weights, self.sources, strict=True):
-            if not isinstance(source, JudgeReward):
-                each |= source.parts(responses) if isinstance(source, EnsembleReward) else {source.name: source(responses)}
-                total = total + weight * each[source.name]
+            if isinstance(source, JudgeReward):
+                continue
+            if isinstance(source, EnsembleReward):
+                each |= source.parts(responses)
+            else:
+                each[source.name] = started[source.name]() if source.name in started else source(responses)
+            total = total + weight * each[source.name]
         return total, each
 
     def gaps(self, responses: Responses) -> tuple[Float[Tensor, "prompt response response"], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions, sample_with_logps
 from p3o_lightning.reference import ReferencedPolicy
+from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import Responses, RewardSum
 from p3o_lightning.seeds import mix
 from p3o_lightning.shared_prompts import grouped_completion_logps
@@ -31,6 +32,7 @@ class SamplingPolicy(ReferencedPolicy):
     rollout_seed: int  # set anew before every rollout, a function of (seed, rollout)
     rollout_rewards: dict[str, Tensor]  # each reward source's own scores of the latest rollout
     rollout_judged: dict[str, Tensor]  # the judges' figures of it, by tag
+    rollout_log: RewardLog | None  # what reward functions logged in it
 
     def rollout_step(self, prompts: PromptBatch) -> Experience:
         """Responses to the prompts, and what training on them needs to know."""
@@ -102,8 +104,9 @@ class SamplingPolicy(ReferencedPolicy):
         if self.rewards is None:
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
         texts = decode_completions(self.tokenizer, tokens, mask)
+        self.rollout_log = RewardLog(sum(map(len, texts)))
         with float32_by_default():
-            scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts))
+            scores, self.rollout_rewards = self.rewards(Responses(prompts, tokens, mask, texts, self.trainer_state, self.rollout_log))
         scores = scores.to(tokens.device)
         if self.missing_eos_penalty is not None:
             scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
@@ -119,6 +122,15 @@ class SamplingPolicy(ReferencedPolicy):
         with float32_by_default():
             gaps, self.rollout_judged = self.rewards.gaps(Responses(prompts, tokens, mask, texts))
         return scores.unsqueeze(2) - scores.unsqueeze(1) + gaps.to(scores.device)
+
+    @property
+    def trainer_state(self) -> TrainerState:
+        """Where the run stands, for reward functions."""
+        if self._trainer is None:
+            return TrainerState()
+        trainer = self.trainer
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        return TrainerState(trainer.global_step, trainer.max_steps, float(trainer.current_epoch), epochs, trainer.is_global_zero)
 
     def ended(self, tokens: Tensor, mask: Tensor) -> Bool[Tensor, "prompt response"]:
         """Which responses end with EOS; the others were cut off."""

@@ -40,6 +40,7 @@ LAYERS = [
         "ensembles",
         "server_judge",
         "win_rates",
+        "reward_log",
         "judges",
         "rollouts",
         "experience",
