@@ -87,10 +87,11 @@ class Stage(L.LightningModule):
         return whole_weights(self.model, self._root)
 
     def over_processes(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalar figures of all processes, in one exchange: least of a min, greatest of a max, mean of any other."""
+        """Scalar figures of all processes, in one exchange: least of a min, greatest of a max, mean of any other. On the module's device."""
+        figures = {name: value.to(self.device) for name, value in figures.items()}  # rewards come from the CPU
         if self._trainer is None or self.trainer.world_size == 1:
             return figures
-        values = torch.stack([value.detach().float() for value in figures.values()]).to(self.device)
+        values = torch.stack([value.detach().float() for value in figures.values()])
         everyone = [torch.empty_like(values) for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather(everyone, values)
         columns = torch.stack(everyone, 1)
