@@ -87,7 +87,7 @@ class Stage(L.LightningModule):
         return whole_weights(self.model, self._root)
 
     def over_processes(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalar figures of all processes, in one exchange: least of a min, greatest of a max, mean of any other. On the module's device."""
+        """Scalar figures of all processes, on the module's device, in one exchange: least of a min, greatest of a max, mean of others."""
         figures = {name: value.to(self.device) for name, value in figures.items()}  # rewards come from the CPU
         if self._trainer is None or self.trainer.world_size == 1:
             return figures
