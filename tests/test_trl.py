@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
+import re
 import threading
 from pathlib import Path
 
 import datasets
+import lightning as L
 import pytest
 import torch
 from test_rewards import responses
 from tiny import LLAMA, Recorder, letters, policy, preferences, prompts, share_of_a, trainer
 
-from p3o_lightning import InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy
+from p3o_lightning import InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy, callbacks
 from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import FunctionReward, reward_sources
 
@@ -197,3 +201,62 @@ def test_a_run_shows_what_its_functions_log_and_tells_them_where_it_stands(tmp_p
 
 
 ROOT = Path(__file__).parent.parent
+NAMES = json.loads((ROOT / "tests/trl_names.json").read_text())
+PAGE = (ROOT / "docs/from-trl.md").read_text()
+
+
+def rows_of(section: str) -> list[tuple[set[str], str]]:
+    """(TRL's names, what is said of ours) for every row of the table in a section."""
+    text = re.split(r"^## ", PAGE, flags=re.M)
+    (body,) = [part for part in text if part.startswith(section + "\n")]
+    lines = [line.strip("|").split("|") for line in body.splitlines() if line.startswith("|")][2:]
+    return [(set(re.findall(r"`([^`]+)`", cells[0])), " ".join(cells[1:])) for cells in lines]
+
+
+SECTIONS = {
+    "Arguments of the trainers": set().union(*NAMES["trainers"].values()),
+    "RLOOConfig and GRPOConfig": {*NAMES["configs"]["RLOOConfig"], *NAMES["configs"]["GRPOConfig"]},
+    "RewardConfig": set(NAMES["configs"]["RewardConfig"]),
+    "SFTConfig": set(NAMES["configs"]["SFTConfig"]),
+    "DPOConfig": set(NAMES["configs"]["DPOConfig"]),
+    "TrainingArguments": set(NAMES["TrainingArguments"]),
+    "ModelConfig and ScriptArguments": {*NAMES["ModelConfig"], *NAMES["ScriptArguments"]} - {"trust_remote_code"},
+    "Metrics": set().union(*NAMES["metrics"].values()),
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_name_of_trl_is_explained_once(section):
+    explained = [name for names, _ in rows_of(section) for name in names]
+    assert sorted(explained) == sorted(SECTIONS[section])
+    assert all(said.strip() for _, said in rows_of(section))
+
+
+def test_the_list_is_of_the_peer_that_is_measured_against():
+    assert f"trl=={NAMES['trl']}" in (ROOT / "Makefile").read_text() and f"TRL {NAMES['trl'].rsplit('.', 1)[0]}" in PAGE
+
+
+def ours() -> dict[str, set[str]]:
+    """The arguments behind each prefix."""
+    stages = (SupervisedPolicy, RewardModel, PairwisePolicy)
+    owners = {
+        "model": stages,
+        "data": (PreferenceDataModule,),
+        "trainer": (L.Trainer,),
+        "checkpoint": (callbacks.LastCheckpoint,),
+        "export": (callbacks.Export,),
+        "finite": (callbacks.FiniteGuard,),
+        "kl_budget": (callbacks.KLBudget,),
+        "collapse": (callbacks.CollapseAlarm,),
+    }
+    return {prefix: {name for owner in each for name in inspect.signature(owner.__init__).parameters} for prefix, each in owners.items()}
+
+
+def test_our_names_are_arguments_and_tags_that_there_are():
+    known, metrics = ours(), (ROOT / "docs/metrics.md").read_text()
+    for prefix, name in re.findall(r"`(\w+)\.(\w*)`", PAGE):
+        if prefix in known:
+            assert not name or name in known[prefix], f"{prefix}.{name}"
+    for _, said in rows_of("Metrics"):
+        for tag in re.findall(r"`([a-z0-9_<>]+/[a-z0-9_/<>]+)`", said):
+            assert tag in metrics or tag.rpartition("/")[2] in metrics, tag
