@@ -96,7 +96,7 @@ def _load(
     if isinstance(source, PreTrainedConfig | Mapping):
         return _cast(_from_config(_scratch_config(source, tokenizer, classifier), classifier), dtype)
     if not isinstance(source, str | Path):
-        fix = "merge its adapter first (merge_and_unload), then set model.peft_config" if is_adapted(source) else _SOURCES
+        fix = "merge its adapter first (merge_and_unload), then set model.peft_config" if is_adapted(source) else SOURCES
         raise InputError(f"model is a {type(source).__name__}: {fix}")
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
@@ -111,13 +111,13 @@ def _load(
         except InputError:
             raise
         except Exception as error:  # its description and its weights may be of any kind, and need not fit each other
-            raise InputError(f"model is {str(source)!r}, whose model could not be built: {one_line(error)}. {_SOURCES}") from error
+            raise InputError(f"model is {str(source)!r}, whose model could not be built: {one_line(error)}. {SOURCES}") from error
         return _cast(_with_head(model, classifier, trained, repr(str(source))), dtype)
     return _from_folder_or_hub(source, dtype, classifier, trained)
 
 
 def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, trained: bool) -> PreTrainedModel:
-    name = folder_or_hub_name(source, ("config.json",), "model", _SOURCES)
+    name = folder_or_hub_name(source, ("config.json",), "model", SOURCES)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         if classifier:
@@ -131,7 +131,7 @@ def _from_folder_or_hub(source: str | Path, dtype: str, classifier: bool, traine
     except Exception as error:  # a config.json may say anything, and what it says decides which code fails over it
         shapes = "ignore_mismatched_sizes" in str(error)
         reason = "its weights have other shapes than its config.json says" if shapes else one_line(error)
-        raise InputError(f"model is {str(source)!r}, which could not be loaded: {reason}. {_SOURCES}") from error
+        raise InputError(f"model is {str(source)!r}, which could not be loaded: {reason}. {SOURCES}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])  # transformers fills them with random numbers
     if classifier and not trained:
@@ -164,7 +164,7 @@ def _cast(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
     return model
 
 
-_SOURCES = "Give a hub name, a transformers folder with safetensors, a .gguf file, or a .ckpt of ours."
+SOURCES = "Give a hub name, a transformers folder with safetensors, a .gguf file, or a .ckpt of ours."
 
 
 def _scratch_config(source: PreTrainedConfig | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, classifier: bool) -> PreTrainedConfig:
@@ -223,7 +223,7 @@ def is_classifier(model: nn.Module) -> bool:
 
 def existing(path: Path) -> Path:
     if not path.is_file():
-        raise InputError(f"model is {str(path)!r}: no such file. {_SOURCES}")
+        raise InputError(f"model is {str(path)!r}: no such file. {SOURCES}")
     return path
 
 
@@ -240,7 +240,8 @@ def folder_or_hub_name(source: str | Path, needed: tuple[str, ...], field: str, 
     if path.is_file():
         raise InputError(f"{field} is {name!r}, a file of another kind. {fix}")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-        raise InputError(f"{field} is {name!r}: no such folder. {fix}")
+        first = "Run the stage that writes it first. " if path.name == "export" else ""
+        raise InputError(f"{field} is {name!r}: no such folder. {first}{fix}")
     return name
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from p3o_lightning.errors import InputError
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, existing, folder_or_hub_name, one_line, read_description
+from p3o_lightning.models import CHECKPOINT_KEY, SOURCES, ModelSource, existing, folder_or_hub_name, one_line, read_description
 
 
 def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -112,6 +112,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def tokenizer_source(model: ModelSource) -> str | Path:
     """Where the tokenizer of a model source lies; an InputError where the source names none."""
     if isinstance(model, str | Path):
+        if Path(model).suffix not in (".ckpt", ".gguf"):  # what is wrong with the model is said of the model
+            folder_or_hub_name(model, ("config.json",), "model", SOURCES)
         return model
     name = model.config.name_or_path if isinstance(model, PreTrainedModel) else None
     if name:
