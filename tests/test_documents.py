@@ -1,21 +1,65 @@
-"""The documents name what there is: tests, files, and links that lead somewhere."""
+"""The documents tell the truth: what they name is there, Python runs, commands parse, and the tutorial works from end to end."""
 
+from __future__ import annotations
+
+import json
+import os
 import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import yaml
+from test_chat import chat_tokenizer
+from tiny import LLAMA
+
+from p3o_lightning import SupervisedPolicy, cli
+from p3o_lightning.commands import plan, trainer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     [*ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 )
+EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+SHELLS = ("bash", "sh", "console")
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    language: str
+    text: str
+
+
+def blocks(document: Path) -> list[Block]:
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.M | re.S)]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `p3o` command in lines of a shell, whoever starts it; a backslash joins lines."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.replace("<stage>", "policy"), comments=True)
+        starts = [place for place, word in enumerate(words) if word == "p3o_lightning.cli"]
+        starts += [place for place, word in enumerate(words) if word in ("p3o", ".venv/bin/p3o")]
+        if starts:
+            yield words[starts[0] + 1 :]
+
+
+def commands_of(document: Path) -> list[list[str]]:
+    """Those of its blocks, and those that stand in a sentence: `p3o fit ...`; a command alone, without options, is only a name."""
+    inline = re.findall(r"`(p3o [a-z]+ -[^`]*)`", document.read_text(encoding="utf-8").replace("\n", " "))
+    shells = [block.text for block in blocks(document) if block.language in SHELLS]
+    return [words for text in [*shells, *inline] for words in commands(text)]
 
 
 def names_in(file: Path) -> set[str]:
     return set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@EVERY
 def test_the_tests_that_a_document_names_are_there(document):
     """`test_file.py::test_name`, `::test_name` after it, or `test_name` alone; `...` stands for a part of a name."""
     text = document.read_text(encoding="utf-8")
@@ -30,7 +74,153 @@ def test_the_tests_that_a_document_names_are_there(document):
         assert any(part in name for name in every), part
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@EVERY
 def test_links_lead_somewhere(document):
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    text = document.read_text(encoding="utf-8")
+    for link, anchor in re.findall(r"\]\(((?!https?:)[^)#\s]*)(?:#([^)]*))?\)", text):
+        there = (document.parent / link) if link else document
+        assert there.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (link, anchor)
+
+
+@EVERY
+def test_paths_of_the_repository_exist(document):
+    """What is set as code and begins with a folder of ours; `runs/` is written by runs, and `*` stands for some files."""
+    for path in re.findall(r"`((?:configs|callbacks|tests|docs|benchmarks|p3o_lightning)/[\w./*-]*)", document.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists(), path
+
+
+@EVERY
+def test_make_targets_exist(document):
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"(?:`|^ *\$? ?|&& )make ([a-z][a-z0-9-]*)", document.read_text(encoding="utf-8"), re.M))
+    assert named <= targets, named - targets
+
+
+@EVERY
+def test_commands_parse(document, p3o, monkeypatch, tmp_path):
+    """Every config exists and every flag is known, with its value. A config of the reader's own, a name alone, stands for any."""
+    monkeypatch.setenv("P3O_DATA", str(tmp_path))
+    own = yaml.safe_load((ROOT / "configs/debug/policy.yaml").read_text())
+    for words in commands_of(document):
+        command, options = words[0], [word for word in words[1:] if word != "..."]
+        assert command in (*cli.COMMANDS, *cli.TRAINER_COMMANDS), words
+        for place, word in enumerate(options):
+            if options[place - 1] in ("--config", "--plan") and ("/" not in word or word == "FILE"):
+                (tmp_path / word).write_text(yaml.safe_dump(own))
+        if command in cli.TRAINER_COMMANDS:
+            if not {"--help", "--print_config"} & set(options):
+                trainer.main([command, *options], plan.Planned)
+        elif "--plan" in options:
+            assert p3o(command, *options).code in (0, 2), words  # 2: a model that is not here
+        else:
+            flags = {word.partition("=")[0] for word in options if word.startswith("--")}
+            assert flags <= set(re.findall(r"--[\w-]+", p3o(command, "--help").out)), words
+
+
+def run_python(text: str, document: Path, names: dict[str, object]) -> None:
+    exec(compile(text, str(document.relative_to(ROOT)), "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        path
+        for path in DOCUMENTS
+        if path.name not in ("tutorial.md", "README.md") and any(block.language == "python" for block in blocks(path))
+    ],
+    ids=lambda path: path.name,
+)
+def test_python_runs_as_printed(document, tmp_path, monkeypatch):
+    """The blocks of a page in a row, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {"__name__": document.stem}
+    for block in blocks(document):
+        if block.language == "python":
+            run_python(block.text, document, names)
+
+
+# ---- the tutorial, line by line
+
+
+def test_the_tutorial_works_from_the_file_to_the_model_that_answers(p3o):
+    """Its own lines, in its order, with a tiny chat model in the place of the one that `make smollm2` fetches, and two updates a stage."""
+    SupervisedPolicy({**LLAMA, "max_position_embeddings": 256}, tokenizer=chat_tokenizer()).export("models/smollm2-135m-instruct")
+    document: Path = ROOT / "docs/tutorial.md"
+    names: dict[str, object] = {}
+    ended, lines = [], []
+    for language, text in blocks(document):
+        if language == "python":
+            run_python(text, document, names)
+        elif language == "json":
+            assert json.loads(text).keys() == {"prompt", "chosen", "rejected"}
+        for words in commands(text) if language in SHELLS else ():
+            short = {
+                "fit": ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.accelerator", "cpu"],
+                "validate": ["--trainer.limit_val_batches", "1"],
+                "predict": ["--trainer.limit_predict_batches", "1"],
+            }
+            lines.append(words)
+            longer = ["--data.max_length", "256", "--data.max_prompt_length", "null"] if words[0] in short else []  # its tokens are bytes
+            ended.append(p3o(*words, *short.get(words[0], []), *longer))
+            assert ended[-1].code == 0, (words, ended[-1])
+    assert [words[0] for words in lines] == [*["doctor"] * 2, *["fit"] * 3, *["validate"] * 3, "predict"]
+    assert "160 rows, 160 usable, 144 for training, 16 for validation" in ended[2].err
+    rows = [json.loads(line) for line in Path("runs/tutorial/policy/predictions.jsonl").read_text().splitlines()]
+    assert rows and all(isinstance(text, str) for row in rows for text in row["responses"])
+    assert p3o.capsys.readouterr().out.strip(), "the pipeline answered"
+    card = Path("runs/tutorial/policy/export/README.md").read_text()
+    assert "val/scores" in card.replace("&#45;", "-").replace("&#47;", "/") and "2 updates" in card
+
+
+# ---- the README
+
+
+README = ROOT / "README.md"
+
+
+def test_fifteen_lines_are_enough(tmp_path, monkeypatch):
+    """What the README's Python leaves is a model that transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    (lines,) = [block.text for block in blocks(README) if block.language == "python"]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 16
+    monkeypatch.chdir(tmp_path)
+    run_python(lines, README, {})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "aligned").config.model_type == "llama"
+
+
+def test_the_tree_is_the_repositorys():
+    """Every path in it exists, and every module, document, callback folder and recipe folder is in it."""
+    tree = [block.text for block in blocks(README) if block.language == "text"][-1]
+    named = {word for line in tree.splitlines() if line.strip() for word in [line.split()[0]]}
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    modules = {path.name for path in (ROOT / "p3o_lightning").glob("*.py")} - {"__init__.py"}
+    missing = {module for module in modules if module not in tree}
+    assert missing == set(), "new modules are placed in README's tree"
+
+
+def test_the_documents_are_listed():
+    text = README.read_text(encoding="utf-8")
+    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name})" not in text] == []
+
+
+# ---- docstrings
+
+
+def test_examples_in_docstrings_are_true():
+    """Doctests of every module that has one, run here so that `make test` runs them."""
+    import doctest
+
+    tried = 0
+    for path in sorted((ROOT / "p3o_lightning").rglob("*.py")):
+        if ">>> " in path.read_text(encoding="utf-8"):
+            module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+            assert result.failed == 0, path
+            tried += result.attempted
+    assert tried >= 20
+    assert os.environ["OMP_NUM_THREADS"] == "1"
