@@ -77,6 +77,11 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str] | Unusable:
 
     hh-rlhf transcripts are cut after their last "\\n\\nAssistant:". Other texts share their longest common beginning, cut back
     so that no word is split and both replies have something to say; a space before the cut goes to the replies, where tokenizers want it.
+
+    >>> split_texts("The sky is blue", "The sky is black")
+    ('The sky is', ' blue', ' black')
+    >>> split_texts("\\n\\nHuman: Hi\\n\\nAssistant: Hello.", "\\n\\nHuman: Hi\\n\\nAssistant: Go away.")
+    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello.', ' Go away.')
     """
     marked = [ASSISTANT in text for text in (chosen, rejected)]
     if all(marked):

@@ -117,7 +117,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The ids of one response text, EOS included, exactly as in the data's batches."""
+    """The ids of one response text, EOS included, exactly as in the data's batches.
+
+    >>> from p3o_lightning.tokenizers import byte_tokenizer
+    >>> tokenizer = byte_tokenizer()
+    >>> encode_response(tokenizer, "ab") == [*tokenizer("ab")["input_ids"], tokenizer.eos_token_id]
+    True
+    """
     return _ended(_tokenise(tokenizer, [response])[0], tokenizer)
 
 

@@ -14,6 +14,11 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, responses: int, ho
         target: nats.
         responses: of the rollout.
         horizon: responses over which the price changes by a factor of 1.2 at most; one rollout never counts as more.
+
+    Twice the target raises the price by a fifth over a horizon; here a tenth of one has passed.
+
+    >>> round(adapted_kl_coef(0.1, kl=4.0, target=2.0, responses=100, horizon=1000), 4)
+    0.102
     """
     if not math.isfinite(kl):  # such a rollout is left out, and must not spoil the price for good
         return kl_coef

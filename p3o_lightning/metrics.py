@@ -18,6 +18,14 @@ class PairReport(Metric):
 
     The model's probability that the chosen response is better is sigmoid(chosen - rejected). A pair has no natural order, so
     calibration is measured on the folded confidence max(p, 1 - p), in ten equal bins of [0.5, 1].
+
+    Three pairs: one right, one tie, one wrong. The chosen response is always the shorter one.
+
+    >>> report = PairReport()
+    >>> report.update(torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.tensor([[3, 5], [2, 4], [1, 2]]))
+    >>> figures = report.compute()
+    >>> round(figures["accuracy"].item(), 4), round(figures["length_rule_accuracy"].item(), 4)
+    (0.5, 1.0)
     """
 
     full_state_update = False

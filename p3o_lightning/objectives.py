@@ -113,6 +113,16 @@ def p3o_loss(
         kl_source: Policy in q's KL part. "current" (authors' code) follows the policy within a rollout, "rollout" is the one that sampled.
         cross_weight: False drops v, for the own ratio alone: also unbiased off-policy. Read by "separate" only.
         gap_scale: "rms" divides q by the root mean square of this batch's within-prompt reward gaps (left as it is if that is 0).
+
+    One prompt, two responses, the first better by 1: the loss is 0 before the first update, its gradient is not.
+
+    >>> logps = torch.tensor([[-4.0, -6.0]], requires_grad=True)
+    >>> terms = p3o_loss(logps, logps.detach(), logps.detach(), scores=torch.tensor([[1.0, 0.0]]), kl_coef=0.0)
+    >>> abs(terms.loss.item())
+    0.0
+    >>> terms.loss.backward()
+    >>> logps.grad
+    tensor([[-0.5000,  0.5000]])
     """
     _check_word("clipping", clipping, "joint", "separate")
     _check_settings(clip_range, weight_cap, kl_coef, kl_source, gap_scale)
@@ -212,6 +222,9 @@ def sqrt_length_clip_range(
         clip_range: The range of a response of reference_length tokens, in nats.
         lengths: Sampled tokens of each response, EOS included. Counted as 1 where 0, so that every range is positive.
         reference_length: Tokens.
+
+    >>> sqrt_length_clip_range(0.2, torch.tensor([[16, 64]]), 64)
+    tensor([[0.1000, 0.2000]])
     """
     _require(clip_range > 0, f"clip_range is {clip_range}, but the box it spans must not be empty: choose a value above 0, e.g. 0.2.")
     _require(
@@ -232,6 +245,13 @@ def kl_estimates(
         token_logps: log pi of each sampled token, nats; carries the gradient if there is one.
         ref_token_logps: log pi_ref of the same tokens, nats.
         mask: True on sampled tokens, EOS included; what lies elsewhere is never read.
+
+    Two tokens, the first likelier than under the reference by one nat:
+
+    >>> policy, reference = torch.tensor([[[0.0, -1.0]]]), torch.tensor([[[-1.0, -1.0]]])
+    >>> kl = kl_estimates(policy, reference, torch.ones(1, 1, 2, dtype=torch.bool))
+    >>> [round(value.item(), 4) for value in (kl.k1, kl.k2, kl.k3)]  # 1, 1/2, 1/e
+    [1.0, 0.5, 0.3679]
     """
     _check_responses("token_logps", token_logps, 3, least=1)
     _check_shapes(token_logps.shape, ref_token_logps=ref_token_logps, mask=mask)
@@ -259,6 +279,12 @@ def bradley_terry_loss(
         margin: How far chosen should lead, reward units; None is 0.
         label_smoothing: Assumed share of wrong labels, in [0, 0.5).
         center_coef: Pull of rewards to zero, nats per squared reward unit; fixes the free constant, for people who read raw rewards.
+
+    One pair ordered right by 1, one tie: (log(1 + 1/e) + log 2) / 2 nats.
+
+    >>> terms = bradley_terry_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> round(terms.loss.item(), 4), terms.accuracy.item()
+    (0.5032, 0.75)
     """
     _require(
         0 <= label_smoothing < 0.5,

@@ -13,12 +13,22 @@ TokenRow = Sequence[int] | np.ndarray | Tensor
 
 
 def pad_right(rows: Sequence[TokenRow], value: int) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
-    """Rows of token ids with `value` appended up to the longest, and the mask that is True on the given ids."""
+    """Rows of token ids with `value` appended up to the longest, and the mask that is True on the given ids.
+
+    >>> tokens, mask = pad_right([[5], [6, 7]], value=0)
+    >>> tokens.tolist(), mask.tolist()
+    ([[5, 0], [6, 7]], [[True, False], [True, True]])
+    """
     return _pad(rows, value, on_the_left=False)
 
 
 def pad_left(rows: Sequence[TokenRow], value: int) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
-    """Rows of token ids with `value` prepended up to the longest, and the mask that is True on the given ids."""
+    """Rows of token ids with `value` prepended up to the longest, and the mask that is True on the given ids.
+
+    >>> tokens, mask = pad_left([[5], [6, 7]], value=0)
+    >>> tokens.tolist(), mask.tolist()
+    ([[0, 5], [6, 7]], [[False, True], [True, True]])
+    """
     return _pad(rows, value, on_the_left=True)
 
 

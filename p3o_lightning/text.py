@@ -16,7 +16,11 @@ _MARKUP = re.compile(r"[&<>\"'\\`*_{}\[\]()#+\-|~^=:!]")
 
 
 def visible(text: str) -> str:
-    """`text` on one line, with everything that would act on a terminal written out; other characters, of any script, stay."""
+    """`text` on one line, with everything that would act on a terminal written out; other characters, of any script, stay.
+
+    >>> print(visible("café\\x1b[2J\\nend"))
+    café\\x1b[2J\\x0aend
+    """
     return _ACTING.sub(lambda found: _written(found.group()), text)
 
 
