@@ -16,7 +16,7 @@ import torch
 from test_rewards import responses
 from tiny import LLAMA, Recorder, letters, policy, preferences, prompts, share_of_a, trainer
 
-from p3o_lightning import InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy, callbacks
+from p3o_lightning import DirectPreferencePolicy, InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy, callbacks
 from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import FunctionReward, reward_sources
 
@@ -238,7 +238,7 @@ def test_the_list_is_of_the_peer_that_is_measured_against():
 
 def ours() -> dict[str, set[str]]:
     """The arguments behind each prefix."""
-    stages = (SupervisedPolicy, RewardModel, PairwisePolicy)
+    stages = (SupervisedPolicy, RewardModel, PairwisePolicy, DirectPreferencePolicy)
     owners = {
         "model": stages,
         "data": (PreferenceDataModule,),
