@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -27,44 +23,15 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(
-        self,
-        hidden: Float[Tensor, "row position width"],
-        prompt_width: int,
-        completion_mask: Bool[Tensor, "prompt response token"],
+        self, hidden: Float[Tensor, "prompt response token width"], completion_mask: Bool[Tensor, "prompt response token"]
     ) -> Float[Tensor, "prompt response token"]:
         """V before every token of the responses, in float32 at least; 0 outside the mask.
 
         Args:
-            hidden: of rows that are a prompt with one of its responses, or with all of them in turn.
-            prompt_width: columns of the prompts, padding included.
-            completion_mask: of the responses.
+            hidden: the last hidden state that each token is predicted from.
+            completion_mask: True on the responses' tokens.
         """
         hidden = precise(hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # squared errors of returns: the head runs in float32
             values = nn.functional.linear(hidden, self.head.weight.to(hidden.dtype), self.head.bias.to(hidden.dtype)).squeeze(-1)
-        prompts, responses, length = completion_mask.shape
-        if values.shape == (prompts * responses, prompt_width + length):
-            before = values[:, prompt_width - 1 : -1].view(completion_mask.shape)
-        elif values.shape == (prompts, prompt_width + responses * length):
-            first = values[:, prompt_width - 1, None, None].expand(-1, responses, -1)
-            rest = values[:, prompt_width:].unflatten(1, (responses, length))[:, :, :-1]
-            before = torch.cat([first, rest], -1)
-        else:
-            raise RuntimeError(f"hidden states of shape {tuple(values.shape)} do not fit responses of shape {tuple(completion_mask.shape)}")
-        return before.masked_fill(~completion_mask, 0.0)
-
-
-@contextmanager
-def hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the last hidden states, "row position width", of every forward of the model that is made inside."""
-    base = unwrapped(model)
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0])
-
-    hook = getattr(base, base.base_model_prefix).register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+        return values.masked_fill(~completion_mask, 0.0)

@@ -119,19 +119,26 @@ def sequence_scores(model: nn.Module, tokens: Int[Tensor, "row token"], attentio
     transformers pools at the last id that differs from the padding id, which skips a final EOS where pad == EOS.
     """
     base = unwrapped(model)
-    if "pooled_scores" in vars(base):  # split over processes: FSDP gathers the weights around this method
-        return base.pooled_scores(tokens, attention_mask)
     if not hasattr(base, "score"):  # encoder families (BERT) pool in their own way, not by a padding id
         return precise(model(input_ids=tokens, attention_mask=attention_mask.long()).logits.squeeze(-1))
-    return pooled_scores(base, tokens, attention_mask)
-
-
-def pooled_scores(base: Any, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
-    """Those of a causal model's backbone under a scalar head."""
-    backbone = getattr(base, base.base_model_prefix)
-    hidden = backbone(input_ids=tokens, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
     last = attention_mask.sum(-1) - 1
-    pooled = precise(hidden[torch.arange(len(last), device=last.device), last])
-    with torch.autocast(pooled.device.type, enabled=False):  # a reward's last digits decide ties: the head runs in float32
+    return pooled(model, tokens, (torch.arange(len(last), device=last.device), last), attention_mask=attention_mask.long())
+
+
+def pooled(model: nn.Module, *inputs: Any, **options: Any) -> Float[Tensor, " row"]:
+    """`pooled_scores` of the transformers model inside."""
+    base = unwrapped(model)
+    if "pooled_scores" in vars(base):  # split over processes: FSDP gathers the weights around this method
+        return base.pooled_scores(*inputs, **options)
+    return pooled_scores(base, *inputs, **options)
+
+
+def pooled_scores(
+    base: Any, tokens: Int[Tensor, "row token"], places: tuple[Int[Tensor, " text"], Int[Tensor, " text"]], **options: Any
+) -> Float[Tensor, " text"]:
+    """Scores of a causal model under a scalar head, read at these rows and tokens. `options` go to its backbone."""
+    backbone = getattr(base, base.base_model_prefix)
+    hidden = precise(backbone(input_ids=tokens, use_cache=False, **options).last_hidden_state[places])
+    with torch.autocast(hidden.device.type, enabled=False):  # a reward's last digits decide ties: the head runs in float32
         bias = getattr(base.score, "bias", None)
-        return nn.functional.linear(pooled, base.score.weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype)).squeeze(-1)
+        return nn.functional.linear(hidden, base.score.weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).squeeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -21,7 +22,10 @@ class RoomyLayer(DynamicLayer):
         self._buffers: list[Tensor] = []  # keys and values: row, head, column, channel
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new columns in; all that are filled, as views."""
+        """Take the new columns in; all that are filled, as views. In autocast's dtype, to which attention would cast all at each step."""
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._buffers = [states.new_empty(*states.shape[:2], self.capacity, states.shape[-1]) for states in (key_states, value_states)]

@@ -6,7 +6,7 @@ Symbols: P parameters, T trained ones, L layers, h hidden, i intermediate, a hea
 Units:   bytes, on one process. Host means the memory of the CPU, which on a CPU run is the same.
 
 Activations are those of a Llama block without gradient checkpointing, listed by what autograd keeps (tests/test_memory.py counts it), with
-a copy of the prompt for each response: more than there are where the prompt is read once for its responses (shared_prompts.py).
+a copy of the prompt for each response: more than there are where the prompt is read once for its responses (packing.py).
 Not counted: the CUDA context and NCCL (1 to 2 GiB a GPU), fragmentation, data loaders, Python itself.
 """
 

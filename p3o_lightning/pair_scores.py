@@ -17,7 +17,8 @@ from p3o_lightning.data_files import read_records
 from p3o_lightning.data_formats import Unusable, normalise
 from p3o_lightning.encoding import Encoded, Encoder, collate_pairs
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import eval_mode, sequence_scores
+from p3o_lightning.forwards import eval_mode
+from p3o_lightning.scoring import grouped_scores
 from p3o_lightning.text import visible
 
 
@@ -111,7 +112,7 @@ def score_pairs(
             chosen = order[start : start + batch_size]
             batch = collate([rows[i] for i in chosen])
             tokens, mask = batch.tokens.flatten(0, 1).to(device), batch.attention_mask.flatten(0, 1).to(device)
-            scores[chosen] = sequence_scores(network, tokens, mask).view(-1, 2).double().cpu()
+            scores[chosen] = grouped_scores(network, tokens, mask, 2).view(-1, 2).double().cpu()
     return scores
 
 

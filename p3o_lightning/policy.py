@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from p3o_lightning import proofs
 from p3o_lightning.baselines import OBJECTIVES as RELATIVES
 from p3o_lightning.batches import Experience, PromptBatch
-from p3o_lightning.critic import Critic, hidden_states
+from p3o_lightning.critic import Critic
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
 from p3o_lightning.figures import rollout_figures, update_figures
@@ -28,8 +28,8 @@ from p3o_lightning.policy_settings import check_feedback, check_settings, clip_r
 from p3o_lightning.relative_terms import RelativeTerms
 from p3o_lightning.rewards import RewardInput, reward_sources
 from p3o_lightning.rollouts import SamplingPolicy
+from p3o_lightning.scoring import grouped_completion_logps, grouped_logps_and_hidden
 from p3o_lightning.sharding import prepare_split, whole_weights
-from p3o_lightning.shared_prompts import grouped_completion_logps
 
 
 class PairwisePolicy(SamplingPolicy):
@@ -255,9 +255,8 @@ class PairwisePolicy(SamplingPolicy):
         given = (self.model, prompt_tokens, prompt_mask, completion_tokens, completion_mask, self.sampling.temperature)
         if self.critic is None:
             return grouped_completion_logps(*given), None
-        with hidden_states(self.model) as seen:
-            logps = grouped_completion_logps(*given)
-        return logps, self.critic(seen[-1], prompt_tokens.shape[1], completion_mask)
+        logps, hidden = grouped_logps_and_hidden(*given)
+        return logps, self.critic(hidden, completion_mask)
 
     @torch.no_grad()
     def policy_values(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:

@@ -19,6 +19,7 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import unwrapped
 from p3o_lightning.rewards import FunctionReward, ModelReward, Responses
+from p3o_lightning.scoring import allows
 from p3o_lightning.sharding import named_weights
 
 SWITCH_OFF = "If it is meant so, set model.start_up_proofs to false."
@@ -149,8 +150,11 @@ def _what_reaches(source: ModelReward, responses: Responses) -> list[Tensor]:
 
     def record(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids = named["input_ids"] if "input_ids" in named else positional[0]
-        rows.extend(row[kept.bool()] for row, kept in zip(ids, named["attention_mask"], strict=True))
+        packing = named.get("packing")
+        masks = named["attention_mask"]
+        rows.extend(packing.texts(ids) if packing else [row[kept.bool()] for row, kept in zip(ids, masks, strict=True)])
 
+    allows(source.network)  # tries the model out: now, not in front of the hook
     hook = unwrapped(source.network).base_model.register_forward_pre_hook(record, with_kwargs=True)
     try:
         source(responses)

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PairBatch
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import sequence_scores
 from p3o_lightning.metrics import PairReport
 from p3o_lightning.models import ModelSource, load_reward_backbone
 from p3o_lightning.objectives import bradley_terry_loss
+from p3o_lightning.scoring import grouped_scores
 from p3o_lightning.stage import Stage
 from p3o_lightning.tokenizers import distinct_pad_token
 
@@ -74,7 +74,7 @@ class RewardModel(Stage):
 
     def forward(self, batch: PairBatch) -> Float[Tensor, "pair 2"]:
         """Rewards of the chosen and the rejected response of every pair, in one forward."""
-        return sequence_scores(self.model, batch.tokens.flatten(0, 1), batch.attention_mask.flatten(0, 1)).view(-1, 2)
+        return grouped_scores(self.model, batch.tokens.flatten(0, 1), batch.attention_mask.flatten(0, 1), 2).view(-1, 2)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Bradley-Terry loss of the batch."""

@@ -30,10 +30,11 @@ from p3o_lightning.data_formats import Row, Text, Unusable
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.ensembles import Ensemble, EnsembleReward
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores
+from p3o_lightning.forwards import eval_mode, is_adapted
 from p3o_lightning.judges import Judge, group_gaps
 from p3o_lightning.models import highest_token_id, load_reward_backbone
 from p3o_lightning.reward_log import RewardLog, TrainerState
+from p3o_lightning.scoring import grouped_scores
 from p3o_lightning.sequences import pad_right
 from p3o_lightning.tokenizers import load_tokenizer, same_ids
 
@@ -177,13 +178,17 @@ class ModelReward:
         prompts = responses.prompts.prompts
         same = self.same_tokens and (self.same_template or all(isinstance(prompt, str) for prompt in prompts))
         rows = self._token_rows(responses) if same else self._encoded_rows(responses)
-        device = next(self.network.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
+        device, count = next(self.network.parameters()).device, responses.tokens.shape[1]
+        longest = [max(map(len, rows[start : start + count])) for start in range(0, len(rows), count)]
+        order = sorted(range(len(longest)), key=longest.__getitem__)  # neighbours of like length: little padding
+        batch_rows = self.batch_rows // 4 if device.type == "cpu" else self.batch_rows  # what a core's cache holds
+        size = max(1, batch_rows // count)  # prompts
         chunks = []
         with eval_mode(self.network):
-            for start in range(0, len(order), self.batch_rows):
-                tokens, mask = pad_right([rows[i] for i in order[start : start + self.batch_rows]], self.tokenizer.pad_token_id)
-                chunks.append(sequence_scores(self.network, tokens.to(device), mask.to(device)).cpu())
+            for start in range(0, len(order), size):
+                texts = [row for i in order[start : start + size] for row in rows[i * count : (i + 1) * count]]
+                tokens, mask = pad_right(texts, self.tokenizer.pad_token_id)
+                chunks.append(grouped_scores(self.network, tokens.to(device), mask.to(device), count).cpu().view(-1, count))
         scores = torch.cat(chunks)
         if not bool(scores.isfinite().all()):
             warnings.warn(  # an error here would stop one rank alone
@@ -191,7 +196,7 @@ class ModelReward:
                 "nothing can be learned from them. Give another reward model, or a wider dtype (model.dtype float32).",
                 stacklevel=2,
             )
-        return scores[torch.tensor(order).argsort()].view(responses.tokens.shape[:2])
+        return scores[torch.tensor(order).argsort()]
 
     def _token_rows(self, responses: Responses) -> list[list[int]]:
         rows = []

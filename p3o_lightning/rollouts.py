@@ -17,8 +17,8 @@ from p3o_lightning.generation import Sampling, decode_completions, prediction_ro
 from p3o_lightning.reference import ReferencedPolicy
 from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import Responses, RewardSum
+from p3o_lightning.scoring import grouped_completion_logps
 from p3o_lightning.seeds import mix
-from p3o_lightning.shared_prompts import grouped_completion_logps
 
 
 class SamplingPolicy(ReferencedPolicy):

@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},  # no key-value cache
     "jamba": {**_COMMON, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "num_experts": 2},  # half a one
     "mixtral": {**_COMMON, "num_local_experts": 2},
+    "cohere": {**_COMMON, "logit_scale": 0.5},  # of what its head gives
 }
 CAUSAL = tuple(FAMILIES)
 

@@ -15,7 +15,7 @@ from p3o_lightning import PairwisePolicy, PreferenceDataModule, RewardModel, Sup
 from p3o_lightning.forwards import completion_logps
 from p3o_lightning.generation import Sampling, sample_completions
 from p3o_lightning.models import load_policy
-from p3o_lightning.shared_prompts import allows
+from p3o_lightning.scoring import allows
 from p3o_lightning.tokenizers import load_tokenizer
 
 IDS = torch.tensor([[0, 1, 2, 8], [3, 4, 5, 6]])

@@ -23,7 +23,7 @@ from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
 from p3o_lightning.kl_control import adapted_kl_coef
 from p3o_lightning.reference import fingerprint
-from p3o_lightning.shared_prompts import grouped_completion_logps
+from p3o_lightning.scoring import grouped_completion_logps
 
 
 def experience(module: PairwisePolicy, seed: int = 0) -> Experience:

@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM
 from p3o_lightning import InputError, PairwisePolicy, SupervisedPolicy
 from p3o_lightning.baselines import OBJECTIVES
 from p3o_lightning.callbacks import LastCheckpoint
-from p3o_lightning.critic import Critic, hidden_states
-from p3o_lightning.forwards import completion_logps
 from p3o_lightning.models import load_policy, read_checkpoint
-from p3o_lightning.shared_prompts import shared_prompt_logps
+from p3o_lightning.scoring import allows, grouped_completion_logps, grouped_logps_and_hidden
 
 SETTINGS = {  # a price at which the best answer is worth it
     "online_dpo": {"kl_coef": 0.1},
@@ -150,8 +148,8 @@ def test_accumulated_micro_batches_are_one_batch(objective, tmp_path):
 
 @pytest.mark.parametrize("peft_config", [None, {"r": 2, "init_lora_weights": False}], ids=["whole", "lora"])
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("forward", [completion_logps, shared_prompt_logps])
-def test_values_are_read_before_each_token(forward, model, peft_config):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_values_are_read_before_each_token(packed, model, peft_config, monkeypatch):
     """Against a forward of every prefix by itself: V before token t sees the prompt and t tokens, at its last position."""
     module = of("ppo", model=model, peft_config=peft_config, num_generations=3)
     torch.nn.init.normal_(module.critic.head.weight)
@@ -159,9 +157,13 @@ def test_values_are_read_before_each_token(forward, model, peft_config):
     batch = module.rollout_step(collate(PROMPTS[:4]))
     given = (batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, batch.completion_mask)
     module.model.eval()
-    with torch.no_grad(), hidden_states(module.model) as seen:
-        forward(module.model, *given)
-    values = module.critic(seen[-1], batch.prompt_tokens.shape[1], batch.completion_mask)
+    assert allows(module.model)
+    if not packed:
+        monkeypatch.setattr("p3o_lightning.scoring.allows", lambda _: False)
+    with torch.no_grad():
+        logps, hidden = grouped_logps_and_hidden(module.model, *given)
+    assert torch.equal(logps, grouped_completion_logps(module.model, *given))
+    values = module.critic(hidden, batch.completion_mask)
     assert not values[~batch.completion_mask].any()
     for prompt, real, answers, masks, row in zip(*given, values, strict=True):
         for answer, kept, numbers in zip(answers, masks, row, strict=True):
@@ -248,12 +250,6 @@ def test_two_processes_train_policy_and_critic_as_one_does(strategy, tmp_path):
     assert alone.keys() == together.keys() and alone["critic.head.weight"].abs().max() > 1e-3
     for name in alone:
         assert_close(together[name], alone[name], rtol=0, atol=1e-5)
-
-
-def test_hidden_states_that_fit_no_layout_are_refused():
-    critic = Critic(policy().model)
-    with pytest.raises(RuntimeError, match="do not fit responses"):
-        critic(torch.zeros(3, 4, 16), 2, torch.ones(2, 2, 2, dtype=torch.bool))
 
 
 # ---- figures and settings

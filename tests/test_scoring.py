@@ -1,0 +1,289 @@
+"""Reading without padding, and what texts begin with in common once, changes no number; models that cannot be read so are found out."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from p3o_lightning import head, scoring
+from p3o_lightning.forwards import completion_logps, eval_mode, sequence_scores, turn_dropout_off
+from p3o_lightning.head import head_logps, plain_head
+from p3o_lightning.models import attach_adapter
+from p3o_lightning.packing import NAME, Packing
+from p3o_lightning.scoring import allows, fits, grouped_completion_logps, grouped_scores, leaves_out_its_head, packed_logps, packed_scores
+from tests.families import VOCABULARY, causal, config, left_padded
+from tests.tiny import policy, prompts, trainer
+
+PACKING = ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "opt"]
+NOT_PACKING = [
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "bloom",
+    "mamba",
+    "jamba",
+    "gptj",
+]  # short windows, ALiBi, recurrent layers, attention of its own
+
+
+def batch(count=3, length=4, lengths=(3, 8, 1), seed=5):
+    """Prompts of unequal length, padded on the left; responses of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    _, tokens, mask = left_padded(list(lengths))
+    responses = torch.randint(3, VOCABULARY, (len(lengths), count, length), generator=generator)
+    ends = torch.randint(1, length + 1, (len(lengths), count, 1), generator=generator)
+    return tokens, mask, responses, torch.arange(length) < ends
+
+
+def even(count=2):
+    """Without any padding."""
+    tokens, mask, responses, kept = batch(count, lengths=(4, 4, 4))
+    return tokens, mask, responses, torch.ones_like(kept)
+
+
+def classifier(family):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config(family, num_labels=1)).eval()
+
+
+# ---- log-probabilities
+
+
+@pytest.mark.parametrize("given", [batch(), batch(2), batch(4), batch(1), batch(2, length=1), batch(2, lengths=(5, 5)), even(), even(4)])
+@pytest.mark.parametrize("family", PACKING)
+def test_the_numbers_are_those_of_one_padded_row_a_response(family, given):
+    model = causal(family).double()
+    assert allows(model)
+    torch.testing.assert_close(packed_logps(model, *given, 0.7), completion_logps(model, *given, 0.7), rtol=0, atol=1e-10)
+
+
+def gradients(logps, model, given, temperature=0.7):
+    model.zero_grad()
+    weight = torch.linspace(-1, 1, given[2].numel()).view(given[2].shape)
+    (logps(model, *given, temperature) * weight).sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("given", [batch(), batch(2), batch(4, length=9), even()])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_so_are_the_gradients(family, given):
+    model = causal(family)
+    assert allows(model)
+    packed, plain = gradients(packed_logps, model, given), gradients(completion_logps, model, given)
+    assert (packed - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_so_are_those_of_an_adapter_and_with_gradient_checkpointing(family):
+    model = attach_adapter(causal(family), {"r": 2, "init_lora_weights": False})
+    turn_dropout_off(model)
+    given, plain = batch(), gradients(completion_logps, model, batch())
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    calls = []
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    for mode in (True, False):
+        model.train(mode)
+        packed = gradients(grouped_completion_logps, model, given)
+        assert (packed - plain).norm() <= 1e-5 * plain.norm()
+    assert allows(model) and calls
+
+
+def test_adapters_switched_off_are_read_so_too():
+    model = attach_adapter(causal("llama"), {"r": 2, "init_lora_weights": False})
+    assert allows(model)
+    with eval_mode(model), model.disable_adapter():
+        off = packed_logps(model, *batch())
+        torch.testing.assert_close(off, completion_logps(model, *batch()), rtol=0, atol=2e-5)
+    assert not torch.allclose(packed_logps(model, *batch()), off, atol=1e-3)
+
+
+def test_one_response_alone_does_not_see_the_others():
+    """The known answer: with the other responses replaced, the numbers of the first stay."""
+    model = causal("llama")
+    assert allows(model)
+    tokens, mask, responses, kept = batch()
+    other = responses.clone()
+    other[:, 1:] = (other[:, 1:] + 7) % (VOCABULARY - 3) + 3
+    one, two = (packed_logps(model, tokens, mask, given, kept)[:, 0] for given in (responses, other))
+    assert torch.equal(one, two)
+
+
+def test_what_is_padding_does_not_matter():
+    model = causal("llama")
+    assert allows(model)
+    tokens, mask, responses, kept = batch()
+    other = packed_logps(model, tokens.masked_fill(~mask, 9), mask, responses.masked_fill(~kept, 9), kept)
+    assert torch.equal(packed_logps(model, tokens, mask, responses, kept), other)
+
+
+def test_padding_is_not_read():
+    """By hand: 12 tokens of prompts, and of 3 x 3 responses all real tokens but the last one each."""
+    model, read = causal("llama"), []
+    allows(model)
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape)))
+    tokens, mask, responses, kept = batch()
+    grouped_completion_logps(model, tokens, mask, responses, kept)
+    assert read == [(1, 12 + int(kept.sum()) - 9)]
+
+
+def test_a_policy_reads_its_prompts_once(tmp_path):
+    rows = []
+    module = policy()
+    module.model.register_forward_pre_hook(lambda _, given, named: rows.append(tuple(named["input_ids"].shape)), with_kwargs=True)
+    trainer(tmp_path, max_steps=1).fit(module, module.wrap_train_dataloader(prompts()))
+    assert rows[-1][0] == 1  # the forward that is trained on
+    assert rows[-1][1] <= 4 * 4 + 8 * 4  # four prompts of at most 4 tokens, eight responses of at most 5, whose last is not read
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_scores_are_those_of_padded_rows(family, group):
+    model = classifier(family).double()
+    assert allows(model)
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randint(3, VOCABULARY, (6, 7), generator=generator)
+    texts[:3, :4], texts[3:6, :2] = texts[0, :4], texts[3, :2]  # some begin alike
+    texts[1] = texts[0]  # one twice
+    mask = torch.arange(7) < torch.tensor([7, 4, 5, 3, 7, 1]).unsqueeze(1)
+    torch.testing.assert_close(packed_scores(model, texts, mask, group), sequence_scores(model, texts, mask), rtol=0, atol=1e-10)
+
+
+def test_what_a_pair_begins_with_is_read_once():
+    model, read = classifier("llama"), []
+    texts = torch.tensor([[5, 6, 7, 8, 9, 0], [5, 6, 7, 4, 0, 0]])
+    mask = torch.tensor([[True] * 5 + [False], [True] * 4 + [False] * 2])
+    allows(model)
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0].tolist()))
+    grouped_scores(model, texts, mask, 2).sum().backward()
+    assert read == [[[5, 6, 7, 8, 9, 4]]]
+    packed = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    model.zero_grad()
+    sequence_scores(model, texts, mask).sum().backward()
+    plain = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert (packed - plain).norm() <= 1e-5 * plain.norm()
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("kept", [2**30, 0], ids=["kept", "computed again"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_heads_log_probabilities_and_gradients(bias, temperature, kept, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", 4)
+    monkeypatch.setattr(head, "KEPT", kept)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 13, bias=bias).double()
+    hidden, tokens = torch.randn(10, 5, dtype=torch.float64, requires_grad=True), torch.randint(13, (10,))
+    assert torch.autograd.gradcheck(lambda given, *_: head_logps(given, layer, tokens, temperature), (hidden, *layer.parameters()))
+    expected = (layer(hidden) / temperature).log_softmax(-1)[torch.arange(10), tokens]
+    torch.testing.assert_close(head_logps(hidden, layer, tokens, temperature), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
+def test_in_half_precision_they_are_those_of_the_models_own_logits(dtype):
+    model = causal("llama")
+    if dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    assert leaves_out_its_head(model) and allows(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        packed = packed_logps(model, *batch())
+        plain = completion_logps(model, *batch())
+    assert packed.dtype == torch.float32
+    torch.testing.assert_close(packed, plain, rtol=0, atol=0.3)  # logits of some 10, to three digits
+    packed.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_head_whose_output_is_scaled_or_watched_is_not_left_out():
+    assert not leaves_out_its_head(causal("gemma2"))  # softcapped
+    assert not leaves_out_its_head(causal("cohere"))
+    model = causal("llama")
+    assert leaves_out_its_head(model)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert plain_head(model) is None and allows(model)
+    torch.testing.assert_close(packed_logps(model, *batch()), completion_logps(model, *batch()), rtol=0, atol=2e-5)
+
+
+def test_a_scaled_models_numbers_are_right():
+    model = causal("cohere").double()
+    torch.testing.assert_close(grouped_completion_logps(model, *batch()), completion_logps(model, *batch()), rtol=0, atol=1e-10)
+
+
+# ---- what cannot be read so
+
+
+@pytest.mark.parametrize("family", NOT_PACKING)
+def test_models_that_read_in_another_way_are_found_out_and_read_as_before(family, caplog):
+    model = causal(family)
+    before = model.config._attn_implementation
+    with caplog.at_level(logging.INFO):
+        first = grouped_completion_logps(model, *batch())
+        again = grouped_completion_logps(model, *batch())
+    assert torch.equal(first, completion_logps(model, *batch())) and torch.equal(first, again)
+    assert sum("cannot be read without padding" in line for line in caplog.messages) == 1
+    assert model.config._attn_implementation == before
+
+
+def test_a_window_longer_than_the_try_out_is_known_from_the_config():
+    model = causal("mistral", sliding_window=12)
+    assert allows(model) and fits(model, 12) and not fits(model, 13)
+    for lengths in ((3, 8, 1), (3, 12, 1)):
+        given = batch(2, lengths=lengths)
+        torch.testing.assert_close(grouped_completion_logps(model, *given), completion_logps(model, *given), rtol=0, atol=2e-5)
+
+
+def test_columns_of_padding_alone_are_not_read():
+    model, read = causal("bloom"), []
+    tokens, mask, responses, kept = batch(2, length=9)
+    mask[:, :2], kept[..., 3:] = False, False
+    model.register_forward_pre_hook(lambda _, given, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True)
+    logps = grouped_completion_logps(model, tokens, mask, responses, kept)
+    assert read == [(6, 6 + 3)]
+    torch.testing.assert_close(logps, completion_logps(model, tokens, mask, responses, kept), rtol=0, atol=2e-5)
+
+
+def test_the_model_generates_and_saves_as_before(tmp_path):
+    model = causal("llama")
+    tokens, mask, *_ = batch()
+    given = {"input_ids": tokens, "attention_mask": mask.long(), "do_sample": False, "max_new_tokens": 5}
+    before, logits = model.generate(**given), model(tokens, attention_mask=mask.long()).logits
+    assert allows(model) and model.config._attn_implementation == NAME
+    assert torch.equal(model.generate(**given), before)
+    assert torch.equal(model(tokens, attention_mask=mask.long()).logits, logits)
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_places_by_hand():
+    """Two prompts of 2 and 1 tokens, two responses each: a b | c | d e | f | g | (none)."""
+    packing = Packing(
+        torch.tensor([[True, True], [False, True]]), torch.tensor([[[True, True], [True, False]], [[True, False], [False, False]]])
+    )
+    row = packing.tokens(torch.tensor([[1, 2], [0, 3]]), torch.tensor([[[4, 5], [6, 0]], [[7, 0], [0, 0]]]))
+    assert row.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert [text.tolist() for text in packing.texts(row)] == [[1, 2, 4, 5], [1, 2, 6], [3, 7], [3]]
+    assert packing.positions().tolist() == [[0, 1, 0, 2, 3, 2, 1]]
+    assert packing.trunk_ends().tolist() == [1, 2]
+    assert packing.branch_places()[packing.branch_mask].tolist() == [3, 4, 5, 6]
+
+
+def test_it_is_tried_out_once(monkeypatch):
+    tried = []
+    real = scoring._gives_the_same
+    monkeypatch.setattr(scoring, "_gives_the_same", lambda model: tried.append(model) or real(model))
+    model = causal("llama")
+    grouped_completion_logps(model, *batch())
+    grouped_completion_logps(model, *batch())
+    assert tried == [model]
+
+
+def test_a_row_given_to_a_model_that_was_not_tried_out_fails():
+    """Rather than letting responses see each other."""
+    with pytest.raises(RuntimeError):
+        packed_logps(causal("llama"), *batch())
