@@ -89,7 +89,7 @@ class _HeadLogps(torch.autograd.Function):
         scale = (gradient / ctx.temperature).to(hidden.dtype).unsqueeze(1)
         share = (-gradient / ctx.temperature / sums).to(hidden.dtype).unsqueeze(1)
         of_hidden = torch.empty_like(hidden) if for_hidden else None
-        of_weight = torch.zeros_like(weight) if for_weight else None
+        of_weight: Tensor | None = None
         of_bias = torch.zeros_like(bias) if for_bias else None
         step = len(tokens) if numerators is not None else CHUNK
         for start in range(0, len(tokens), step):
@@ -102,8 +102,9 @@ class _HeadLogps(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(made, weight, out=of_hidden[part])
                 of_hidden[part] *= share[part]
-            if of_weight is not None:
-                of_weight.addmm_(made.t(), hidden[part] * share[part])
+            if for_weight:
+                shared = hidden[part] * share[part]
+                of_weight = torch.mm(made.t(), shared) if of_weight is None else of_weight.addmm_(made.t(), shared)
             if of_bias is not None:
                 of_bias.addmv_(made.t(), share[part].squeeze(1))
         if of_hidden is not None:

@@ -76,24 +76,33 @@ class Packing:
         unread = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=self.branch_mask.device)
         return {"position_ids": self.positions(), "attention_mask": unread, "packing": self}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Float[Tensor, "1 token head channel"]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
+    ) -> Float[Tensor, "1 token head channel"]:
         """Scaled dot-product attention of the row, given and returned as transformers does: query etc. (1, head, token, channel)."""
-        if key.shape[1] != query.shape[1] and query.device.type != "cpu":  # elsewhere, a mask and grouped heads leave the fast kernels
+        given = query.dtype
+        if query.device.type == "cpu":  # whose backward in half precision is four times as slow
+            query, key, value = (states.float() if states.dtype.itemsize < 4 else states for states in (query, key, value))
+        elif key.shape[1] != query.shape[1]:  # elsewhere, a mask and grouped heads leave the fast kernels
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
-        options["enable_gqa"] = key.shape[1] != query.shape[1]
-        rows = [states[0].transpose(0, 1) for states in (query, key, value)]
-        q, k, v = (_spread(row[: self.trunk_tokens], self._trunk_slots, self.groups, self.trunk_width) for row in rows)
+        options: Any = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+        of_trunks, of_branches = zip(
+            *(states[0].transpose(0, 1).split([self.trunk_tokens, states.shape[2] - self.trunk_tokens]) for states in (query, key, value)),
+            strict=True,
+        )
         parts = []
-        if self.trunk_tokens:  # padded on the right: what is padding comes after, and is not seen
-            seen = nn.functional.scaled_dot_product_attention(q, k, v, None, **{**options, "is_causal": True})
-            parts.append(_gathered(seen, self._trunk_slots))
-        if self.branch_width:
-            count = self.groups * self.branches
-            q, own_k, own_v = (_spread(row[self.trunk_tokens :], self._branch_slots, count, self.branch_width) for row in rows)
-            k, v = (torch.cat([self._repeated(trunk), own], 2) for trunk, own in ((k, own_k), (v, own_v)))
-            seen = nn.functional.scaled_dot_product_attention(q, k, v, self._mask(query.dtype), **options)
-            parts.append(_gathered(seen, self._branch_slots))
-        return torch.cat(parts).unsqueeze(0)
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (_spread(row, self._trunk_slots, self.groups, self.trunk_width) for row in of_trunks)
+            if self.trunk_tokens:  # padded on the right: what is padding comes after, and is not seen
+                seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+                parts.append(_gathered(seen, self._trunk_slots))
+            if self.branch_width:
+                count = self.groups * self.branches
+                q, own_k, own_v = (_spread(row, self._branch_slots, count, self.branch_width) for row in of_branches)
+                k, v = (torch.cat([self._repeated(trunk), own], 2) for trunk, own in ((k, own_k), (v, own_v)))
+                seen = nn.functional.scaled_dot_product_attention(q, k, v, self._mask(q.dtype), **options)
+                parts.append(_gathered(seen, self._branch_slots))
+        return torch.cat(parts).unsqueeze(0).to(given)
 
     def _repeated(self, trunk: Tensor) -> Tensor:
         """Once for every branch."""
@@ -140,7 +149,7 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")):
         raise ValueError("attention with a term of its own")
-    return packing.attend(query, key, value, dropout_p=dropout, scale=scaling), None
+    return packing.attend(query, key, value, dropout, scaling), None
 
 
 AttentionInterface.register(NAME, packed_attention)
