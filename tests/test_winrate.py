@@ -4,7 +4,7 @@ The power of these tests, found by planting one error at a time:
     planted error                 first test that fails, without test_
     the worse response preferred  two_files_by_hand
     sides drawn by other seeds    sampled_responses_are_those_of_the_policy
-    prompts not matched           two_files_by_hand
+    prompts not matched           mistakes_in_one_line
 """
 
 from __future__ import annotations
