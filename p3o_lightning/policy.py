@@ -344,6 +344,7 @@ class PairwisePolicy(SamplingPolicy):
         figures = logged | rollout_figures(experience, ended, self.state.kl_coef, self.rollout_rewards)  # no function's word for our own
         if self.rewards is not None:
             figures |= self.rollout_judged | self.rewards.figures(self.rollout_rewards)
+        figures = {name: value.float().to(self.device) for name, value in figures.items()}  # those of rewards are on the CPU
         values = torch.stack([value.float() for value in self.over_processes(figures).values()])
         self.state.figures = dict(zip(figures, values.tolist(), strict=True))
         for logger in self.trainer.loggers:  # not self.log: it would repeat the value at every later step of the rollout
