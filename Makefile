@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak bench-quick ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench-quick ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
 
 test-soak: setup  ## by hand, half an hour: every stage killed at random and resumed, and runs of 2,000 updates
 	$(BIN)/python -m pytest -s -m soak
+
+test-browser: setup  ## the dashboard in a real Chromium (Debian: apt-get install chromium); without one they skip
+	$(BIN)/python -m pytest -m browser
 
 # The peer gets an environment of its own, with the same torch and transformers.
 .venv-trl/.set-up: requirements.lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +100,10 @@ class Dashboard(L.Callback):
         if self._written or view not in CHARTS:
             return
         self._written = True
-        from torch.utils.tensorboard.summary import hparams
-
+        results = RESULTS[view] + [f"rewards/{name}/mean" for name in reward_names(pl_module)]
         for writer in writers(trainer):
             writer.add_custom_scalars(layout(view))
-            results = RESULTS[view] + [f"rewards/{name}/mean" for name in reward_names(pl_module)]
-            experiment, start, self._end = hparams(settings(trainer, pl_module), dict.fromkeys(results, 0.0))
+            experiment, start, self._end = session(settings(trainer, pl_module), results, changed(pl_module))
             for record in (experiment, start):
                 writer._get_file_writer().add_summary(record)
 
@@ -147,7 +146,32 @@ def settings(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]
         "precision": str(trainer.precision),
         "processes": trainer.world_size,
     }
-    return {f"{section}/{name}": _plain(value) for section, given in sections.items() for name, value in given.items()}
+    named = ((f"{section}/{name}", value) for section, given in sections.items() for name, value in given.items() if name[0] != "_")
+    return {name: _plain(value) for name, value in named}
+
+
+def changed(pl_module: L.LightningModule) -> set[str]:
+    """The settings of the model that are not at their defaults, by the names in `settings`."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(pl_module)).parameters.items()}
+    given = {name: value for name, value in pl_module.hparams.items() if name[0] != "_"}
+    return {f"model/{name}" for name, value in given.items() if value != defaults.get(name, inspect.Parameter.empty)}
+
+
+def session(given: dict[str, Any], results: list[str], first: set[str]) -> tuple[Any, Any, Any]:
+    """What the HPARAMS tab reads: which columns there are, the settings of this run, and the mark that it has ended.
+
+    The tab shows the columns in the order of names, but those that it takes to differ between runs before: `first` are marked so.
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    experiment, start, end = hparams(given, dict.fromkeys(results, 0.0))
+    plugin = experiment.value[0].metadata.plugin_data
+    columns = HParamsPluginData.FromString(plugin.content)
+    for column in columns.experiment.hparam_infos:
+        column.differs = column.name in first
+    plugin.content = columns.SerializeToString()
+    return experiment, start, end
 
 
 def _plain(value: Any) -> Any:

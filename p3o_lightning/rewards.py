@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import math
+import re
 import sys
 import threading
 import warnings
@@ -350,8 +351,9 @@ def reward_sources(
         raise InputError("model.reward_funcs is empty: give a reward model (folder or checkpoint), a Python function or a judge.")
     sources = [_source(item, tokenizer, dtype) for item in given]
     taken: set[str] = set()
-    for source in _with_members(sources):  # names are tags of the dashboard: make them distinct
-        name, number = source.name, 1
+    for source in _with_members(sources):  # names are tags of the dashboard, which fails over a bracket: make them plain, and distinct
+        name, number = re.sub(r"[^\w.<>-]", "_", source.name), 1
+        source.name = name
         while source.name in taken:
             number += 1
             source.name = f"{name}_{number}"

@@ -243,7 +243,11 @@ def test_runs_compare_by_settings_and_latest_results(p3o):
     settings = session(found, "session_start_info").session_start_info.hparams
     assert settings["model/kl_coef"].number_value == 0.25 and settings["model/clipping"].string_value == "joint"
     assert settings["trainer/max_steps"].number_value == 8 and settings["data/batch_size"].number_value == 8
-    results = {item.name.tag for item in session(found, "experiment").experiment.metric_infos}
+    columns = session(found, "experiment").experiment
+    shown_first = {item.name for item in columns.hparam_infos if item.differs}
+    assert shown_first >= {"model/kl_coef", "model/lr", "model/reward_funcs"} and "model/clip_range" not in shown_first
+    assert not [name for name in settings if name.startswith(("model/_", "data/_"))]
+    results = {item.name.tag for item in columns.metric_infos}
     assert results >= {"objective/scores", "objective/kl", "val/scores", "val/kl", "rewards/gold/mean"}
     assert results <= set(found.Tags()["scalars"])  # the tab shows the latest value of each
     assert not any(event.value == 0 and event.step == 0 for event in found.Scalars("rewards/gold/mean"))  # no made-up first value

@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
     write_task(out, given.seed)
     fit("sft", out, given.seed, tokenizer=out / "tokenizer", path=out / "demonstrations.jsonl")
     accuracy = fit("reward", out, given.seed, model=out / "sft" / "export", path=out / "preferences.jsonl")["val/accuracy"]
-    fit("policy", out, given.seed, model=out / "sft" / "export", reward_funcs=out / "reward" / "export", path=out / "prompts.jsonl")
+    rewards = json.dumps([str(out / "reward" / "export"), "p3o_lightning.commands.demo_task.gold"])  # the second weighs 0: it is watched
+    fit("policy", out, given.seed, model=out / "sft" / "export", reward_funcs=rewards, path=out / "prompts.jsonl")
 
     before, after, prompts = measure(out, given.seed)
     wins = [1.0 if new > old else 0.5 if new == old else 0.0 for new, old in zip(after.gold, before.gold, strict=True)]
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> None:
     show(out, summary, before, after, prompts)
 
 
-def fit(stage: str, out: Path, seed: int, path: Path, **model: Path) -> dict[str, float]:
+def fit(stage: str, out: Path, seed: int, path: Path, **model: Path | str) -> dict[str, float]:
     """`p3o fit --config configs/demo/STAGE.yaml` with the paths below `out`; returns the last validation's figures."""
     from p3o_lightning.commands import trainer
 

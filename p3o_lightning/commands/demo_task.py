@@ -10,7 +10,7 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GOOD = ["great", "lovely", "fresh", "friendly", "charming", "superb", "cozy", "bright", "tasty", "quiet", "elegant", "generous"]
 BAD = ["awful", "dirty", "rude", "noisy", "bland", "broken", "stale", "cramped", "slow", "gloomy"]
@@ -52,6 +52,11 @@ def gold_score(review: str) -> float:
 
 
 _LEXICON = {*GOOD, *BAD}
+
+
+def gold(completions: list[str], **_: Any) -> list[float]:
+    """`gold_score` as a reward source, of weight 0: on the dashboard beside the learned reward, and never trained on."""
+    return [gold_score(review) for review in completions]
 
 
 def prompts() -> list[str]:
