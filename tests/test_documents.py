@@ -17,7 +17,7 @@ from test_chat import chat_tokenizer
 from tiny import LLAMA
 
 from p3o_lightning import SupervisedPolicy, cli
-from p3o_lightning.commands import plan, trainer
+from p3o_lightning.commands import plan_page, trainer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -112,7 +112,7 @@ def test_commands_parse(document, p3o, monkeypatch, tmp_path):
                 (tmp_path / word).write_text(yaml.safe_dump(own))
         if command in cli.TRAINER_COMMANDS:
             if not {"--help", "--print_config"} & set(options):
-                trainer.main([command, *options], plan.Planned)
+                trainer.main([command, *options], plan_page.Planned)
         elif "--plan" in options:
             assert p3o(command, *options).code in (0, 2), words  # 2: a model that is not here
         else:
