@@ -14,10 +14,10 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench-quick ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench bench-growth bench-quick ci clean
 
 help:  ## this list
-	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## .venv with the pinned requirements and the package, editable
 
@@ -64,8 +64,19 @@ test-browser: setup  ## the dashboard in a real Chromium (Debian: apt-get instal
 .venv-trl/.set-up: requirements.lock
 	test -x .venv-trl/bin/pip || $(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" -c requirements.lock
-	.venv-trl/bin/python -m pip install trl==1.16.0 transformers -c requirements.lock
+	.venv-trl/bin/python -m pip install trl==1.16.0 transformers peft -c requirements.lock
 	touch $@
+
+# make bench CASES="15m reward": the cases whose name matches. BENCH passes more, e.g. BENCH="--rounds 9 --minutes 60".
+bench: setup .venv-trl/.set-up  ## speed and memory against TRL's, every case; hours, goes on where it was stopped
+	$(BIN)/python benchmarks/run.py $(if $(CASES),--cases $(CASES)) $(BENCH)
+	$(BIN)/python benchmarks/run.py --growth --cases overhead
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/table.py
+
+bench-growth: setup  ## how time and memory grow with responses, length, batch and model
+	$(BIN)/python benchmarks/run.py --growth $(if $(CASES),--cases $(CASES)) $(BENCH)
+	$(BIN)/python benchmarks/table.py
 
 bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal work, one thread; ends with the ratios
 	$(BIN)/python benchmarks/quick.py

@@ -1,0 +1,88 @@
+"""One JSON a case in results/: what was measured, of which code, on which machine; and whether that has been done already."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def path_of(name: str, threads: int, results: Path = RESULTS) -> Path:
+    """Where a case's result lies."""
+    return results / (f"{name}.json" if threads == 1 else f"{name}-{threads}threads.json")
+
+
+def code(root: Path = ROOT) -> str:
+    """The last commit that changed the package; with "+" where files of it are changed beyond that."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "p3o_lightning")
+    return git("log", "-1", "--format=%h", "--abbrev=10", "--", "p3o_lightning") + ("+" if changed else "")
+
+
+def is_measured(file: Path, case: Case, commit: str, rounds: int) -> bool:
+    """Whether the file holds this very case at this commit, with as many rounds. Changed code is measured again every time."""
+    if commit.endswith("+") or not file.is_file():
+        return False
+    result = json.loads(file.read_text())
+    return bool(result["commit"] == commit and result["case"] == case.to_json() and result["rounds"] >= rounds)
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(exist_ok=True)
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(aside, file)
+
+
+def circumstances(commit: str) -> dict[str, Any]:
+    """Commit, machine, command and date."""
+    return {
+        "commit": commit,
+        "machine": machine(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, what of its instructions matters for bfloat16, cores, memory."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = fields.get("model name", platform.processor() or platform.machine())
+    return {"processor": name, "instructions": flags, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+
+
+def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds (median, least, greatest), tokens a second, peak MiB, and the median of each phase."""
+    seconds = [row["seconds"] for row in rounds]
+    phases = {name: statistics.median(row["phases"].get(name, 0.0) for row in rounds) for row in rounds[:1] for name in row["phases"]}
+    return {
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "tokens_per_second": sum(row["work"]["tokens"] for row in rounds) / sum(seconds),
+        "peak_mib": max(row["peak_mib"] for row in rounds),
+        "phases": phases,
+    }
+
+
+def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """TRL's median time by ours, for each of TRL's sides; above 1 ours is faster."""
+    return {name: side["summary"]["median"] / sides["ours"]["summary"]["median"] for name, side in sides.items() if name != "ours"}

@@ -1,0 +1,274 @@
+"""`python benchmarks/table.py`: results/*.json as tables and plots, into README.md between its markers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import record
+from cases import CASES, GROWTH, Case
+
+README = Path(__file__).resolve().parent / "README.md"
+SIDES = {"ours": "p3o_lightning", "default": "TRL as it comes", "tuned": "TRL tuned"}
+PHASES = ("generation", "scoring", "update")
+AXIS = {"responses": "responses a prompt", "length": "tokens of a response", "batch": "prompts of a rollout", "size": "parameters"}
+Results = dict[str, dict[str, Any]]
+
+
+def read(results: Path = record.RESULTS) -> Results:
+    """By the name of the file."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
+
+
+def lines_of(rows: list[list[str]]) -> list[str]:
+    """A Markdown table; the first row is its head."""
+    return ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+
+
+def spread(summary: dict[str, Any]) -> str:
+    """Median, and least to greatest."""
+    digits = 2 if summary["median"] < 20 else 1
+    return f"{summary['median']:.{digits}f} ({summary['min']:.{digits}f}–{summary['max']:.{digits}f})"
+
+
+def in_order(results: Results) -> dict[str, dict[str, Any]]:
+    """Those of cases against TRL, as the table of cases has them, one thread before several."""
+    places = {name: place for place, name in enumerate(CASES)}
+    against = {name: result for name, result in results.items() if "ratios" in result}
+    return dict(sorted(against.items(), key=lambda item: (places.get(item[1]["name"], len(places)), item[1]["threads"])))
+
+
+# ---- against TRL
+
+
+def comparison(results: Results) -> list[str]:
+    """Seconds of an iteration, ratios, tokens a second, peak memory."""
+    head = ["case", *SIDES.values(), "ratio, as it comes", "ratio, tuned", "tokens/s", "peak MiB", "rounds", "commit"]
+    rows = [head]
+    for name, result in in_order(results).items():
+        summaries = [result["sides"][side]["summary"] for side in SIDES]
+        rows.append(
+            [
+                f"{name} (wall)" if result["threads"] > 1 else name,
+                *map(spread, summaries),
+                *(f"**{result['ratios'][side]:.2f}**" for side in ("default", "tuned")),
+                " / ".join(f"{summary['tokens_per_second']:.0f}" for summary in summaries),
+                " / ".join(f"{summary['peak_mib']:.0f}" for summary in summaries),
+                str(result["rounds"]),
+                result["commit"],
+            ]
+        )
+    return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
+
+
+def phases(results: Results) -> list[str]:
+    """Where an iteration's time goes, median of each phase, and the micro-batch that TRL tuned chose."""
+    rows = [["case", "side", *PHASES, "the rest", "micro-batch"]]
+    for name, result in in_order(results).items():
+        if result["case"]["kind"] != "policy":
+            continue
+        for side, title in SIDES.items():
+            about, spent = result["sides"][side], result["sides"][side]["summary"]["phases"]
+            rest = sum(seconds for phase, seconds in spent.items() if phase not in PHASES)
+            settings = about["about"]["settings"]
+            rows_a_forward = settings.get("per_device_train_batch_size") or settings["micro_batch_size"] * result["case"]["responses"]
+            rows.append([name, title, *(f"{spent.get(phase, 0.0):.2f}" for phase in PHASES), f"{rest:.2f}", f"{rows_a_forward} rows"])
+    return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
+
+
+def against_us(results: Results) -> list[str]:
+    """Cases where TRL is faster, or holds less memory, at its better setting of the two."""
+    found = []
+    for name, result in in_order(results).items():
+        found += [f"* {name}: {SIDES[side]} is faster, {ratio:.2f}." for side, ratio in result["ratios"].items() if ratio < 1]
+        ours, least = (result["sides"][side]["summary"]["peak_mib"] for side in ("ours", "tuned"))
+        if ours > least:
+            found.append(f"* {name}: ours holds {ours:.0f} MiB, TRL tuned {least:.0f} MiB.")
+    return found or ["* No case measured here is slower than TRL, or holds more memory than TRL tuned."]
+
+
+def missing(results: Results) -> list[str]:
+    """The cases of the table that have no result."""
+    names = [f"`{name}`" for name in CASES if name not in results]
+    return ["Not measured: " + ", ".join(names) + "."] if names else ["Every case of the table is measured."]
+
+
+# ---- growth
+
+
+def size_of(what: str, case: Case) -> float:
+    """Where a point stands on its axis."""
+    if what == "size":
+        import arithmetic
+
+        return arithmetic.parameters(case.size)
+    return {"responses": case.responses, "length": case.new_tokens, "batch": case.prompts}[what]
+
+
+def exponent(xs: list[float], ys: list[float]) -> float:
+    """Slope of log y over log x, by least squares: y grows as x to that power."""
+    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
+    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum((x - mx) ** 2 for x in lx)
+
+
+def points(what: str, results: Results) -> list[tuple[float, dict[str, Any]]]:
+    """(place on the axis, result) of the points that were measured."""
+    return [(size_of(what, case), results[name]) for name, case in GROWTH[what].items() if name in results]
+
+
+def growth(results: Results) -> list[str]:
+    """A table a sweep: time beside operations, memory beside its formula, and how each grows."""
+    lines: list[str] = []
+    for what in GROWTH:
+        measured = points(what, results)
+        if not measured:
+            continue
+        rows = [[AXIS[what], "s (min–max)", "GFLOP", "GFLOP/s", "peak MiB", "MiB by arithmetic"]]
+        for place, result in measured:
+            summary, operations = result["sides"]["ours"]["summary"], sum(result["gigaflop"].values())
+            rows.append(
+                [
+                    f"{place:,.0f}",
+                    spread(summary),
+                    f"{operations:.1f}",
+                    f"{operations / summary['median']:.0f}",
+                    f"{summary['peak_mib']:.0f}",
+                    f"{result['memory_mib']:.0f}",
+                ]
+            )
+        lines += [*lines_of(rows), ""]
+        if len(measured) > 1:
+            xs = [place for place, _ in measured]
+            summaries = [result["sides"]["ours"]["summary"] for _, result in measured]
+            time = exponent(xs, [summary["median"] for summary in summaries])
+            operations = exponent(xs, [sum(result["gigaflop"].values()) for _, result in measured])
+            lines += [f"Time grows with exponent {time:.2f}, operations with {operations:.2f}.", ""]
+    return lines or ["Nothing yet."]
+
+
+def overhead(results: Results) -> list[str]:
+    """What is not computing: loading and logging in a step, and the start."""
+    lines = []
+    if "overhead" in results:
+        summary = results["overhead"]["sides"]["ours"]["summary"]
+        rest = sum(seconds for phase, seconds in summary["phases"].items() if phase not in PHASES)
+        lines.append(
+            f"* Loader, collation and logging (to TensorBoard, every update): {rest / summary['median']:.1%} of an iteration of "
+            f"{summary['median']:.2f} s (15 M parameters, fixed length, float32)."
+        )
+    if "startup" in results:
+        median = results["startup"]["median"]
+        lines.append(
+            f"* `p3o fit --config configs/debug/policy.yaml`: {median['rest']:.2f} s of CPU before the first rollout, "
+            f"beside {median['imports']:.2f} s of imports."
+        )
+    return lines or ["Nothing yet."]
+
+
+# ---- plots
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Pictures of what there is, as PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "p3o"  # the same picture gives the same file
+
+    def save(name: str) -> None:
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            plt.savefig(folder / f"{name}.{kind}", bbox_inches="tight", dpi=120, metadata=metadata)
+        plt.close()
+
+    if against := in_order(results):
+        _, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(against)))
+        for offset, side, colour in ((-0.2, "default", "#9db4c0"), (0.2, "tuned", "#253237")):
+            places = [place + offset for place in range(len(against))]
+            axes.barh(places, [result["ratios"][side] for result in against.values()], 0.38, label=SIDES[side], color=colour)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(against)), list(against))
+        axes.invert_yaxis()
+        axes.set_xlabel("TRL's seconds / ours, an iteration: to the right of 1 ours is faster")
+        axes.legend()
+        save("ratios")
+    sweeps = {what: found for what in GROWTH if len(found := points(what, results)) > 1}
+    if sweeps:
+        _, grid = plt.subplots(2, len(sweeps), figsize=(3.4 * len(sweeps), 6), squeeze=False)
+        for (what, measured), (time, memory) in zip(sweeps.items(), grid.T, strict=True):
+            xs = [place for place, _ in measured]
+            seconds = [result["sides"]["ours"]["summary"]["median"] for _, result in measured]
+            operations = [sum(result["gigaflop"].values()) for _, result in measured]
+            time.loglog(xs, seconds, "o-", color="#253237", label="seconds")
+            time.loglog(xs, [seconds[0] * item / operations[0] for item in operations], "--", color="#9db4c0", label="by operations")
+            memory.loglog(
+                xs, [result["sides"]["ours"]["summary"]["peak_mib"] for _, result in measured], "o-", color="#253237", label="peak MiB"
+            )
+            memory.loglog(xs, [result["memory_mib"] for _, result in measured], "--", color="#9db4c0", label="by arithmetic")
+            memory.set_xlabel(AXIS[what])
+        for axes in grid[:, 0]:
+            axes.legend()
+        plt.tight_layout()
+        save("growth")
+
+
+def picture(name: str) -> list[str]:
+    """Markdown that shows it, if it is there."""
+    return ["", f"![{name}](results/{name}.png)"] if (record.RESULTS / f"{name}.png").exists() else []
+
+
+# ---- the README
+
+
+def machines(results: Results) -> list[str]:
+    """On what, and with which versions, these figures were measured."""
+    told = set()
+    for result in results.values():
+        about = result["machine"]
+        versions: dict[str, str] = {}
+        for side in result.get("sides", {}).values():
+            versions |= side["about"]["versions"]
+        listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        if listed:
+            told.add(
+                f"* {about['processor']} ({', '.join(about['instructions'])}), {about['cores']} cores, {about['memory_gib']} GiB; {listed}."
+            )
+    return sorted(told)
+
+
+def sections(results: Results) -> dict[str, list[str]]:
+    """Marker -> what stands there."""
+    return {
+        "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *picture("ratios")],
+        "phases": phases(results),
+        "against us": against_us(results),
+        "growth": [*growth(results), *picture("growth")],
+        "overhead": overhead(results),
+    }
+
+
+def fill(text: str, parts: dict[str, list[str]]) -> str:
+    """The text with each part between `<!-- name -->` and `<!-- end of name -->`."""
+    for name, lines in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"README.md has no place for {name!r}: put {begin} and {end} there.")
+        content = f"{begin}\n" + "\n".join(lines).strip() + f"\n{end}"
+        text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, new=content: new, text, flags=re.S)
+    return text
+
+
+def main() -> None:
+    results = read()
+    draw(results, record.RESULTS)
+    README.write_text(fill(README.read_text(), sections(results)))
+    print(f"{README}: {len(in_order(results))} cases against TRL, {len(results)} results in all")
+
+
+if __name__ == "__main__":
+    main()
