@@ -145,7 +145,9 @@ def test_time_in_nested_phases_counts_for_the_inner_one(monkeypatch, capsys):
     monkeypatch.setattr(gate.sys, "stdin", Lines("go\n"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     side = gate.Gate([], 0.0, {})
-    now[0] = 100  # before the iteration: counts for nothing
+    with side.within("update"):  # before the iteration: counts for nothing
+        now[0] = 100
+    side.did(rows=100)
     side.wait()
     now[0] += 1
     side.enter("update")
