@@ -30,6 +30,7 @@ others:
   report      how far a reward model, or an ensemble of them, can be trusted, on pairs that people ranked
   winrate     how often one policy's responses beat another's: judged by a reward, a function or a language model
   doctor      report the environment, and what would stop a run; --plan FILE: the memory that it will take
+  frontier    KL-reward frontiers of several objectives, coefficients and seeds, from a plan
 
   p3o fit --config configs/debug/policy.yaml       a first run, seconds on a CPU
   p3o fit --config FILE --print_config             the resolved config
@@ -37,7 +38,7 @@ others:
 
 options: --help, --version
 """
-COMMANDS = ("demo", "doctor", "report", "winrate")
+COMMANDS = ("demo", "doctor", "frontier", "report", "winrate")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -93,6 +93,20 @@ def completion_logps(
 
     Logits are computed on the completion's positions only. Carries gradient if the model does.
     """
+    logits = completion_logits(model, prompt_tokens, prompt_mask, completion_tokens, completion_mask, temperature)
+    chosen = logits.gather(-1, completion_tokens.unsqueeze(-1)).squeeze(-1)
+    return (chosen - logits.logsumexp(-1)).masked_fill(~completion_mask, 0.0)
+
+
+def completion_logits(
+    model: Any,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    completion_tokens: Int[Tensor, "prompt response token"],
+    completion_mask: Bool[Tensor, "prompt response token"],
+    temperature: float = 1.0,
+) -> Float[Tensor, "prompt response token vocabulary"]:
+    """The model's logits over the whole vocabulary at every completion token, divided by `temperature`."""
     prompts, responses, length = completion_tokens.shape
     tokens = torch.cat([prompt_tokens.repeat_interleave(responses, 0), completion_tokens.flatten(0, 1)], 1)
     mask = torch.cat([prompt_mask.repeat_interleave(responses, 0), completion_mask.flatten(0, 1)], 1)
@@ -102,10 +116,7 @@ def completion_logps(
     if accepts(model, "logits_to_keep"):
         options["logits_to_keep"] = length + 1
     logits = model(input_ids=tokens, **options).logits[:, -length - 1 : -1]
-    logits = precise(logits) / temperature
-    chosen = logits.gather(-1, completion_tokens.flatten(0, 1).unsqueeze(-1)).squeeze(-1)
-    logps = (chosen - logits.logsumexp(-1)).view(prompts, responses, length)
-    return logps.masked_fill(~completion_mask, 0.0)
+    return (precise(logits) / temperature).unflatten(0, (prompts, responses))
 
 
 def precise(values: Tensor) -> Tensor:

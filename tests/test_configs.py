@@ -33,8 +33,9 @@ def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = CHAT
     torch.manual_seed(0)
     model = load_policy({"model_type": "llama", "max_position_embeddings": 512, **TINY}, tokenizer)
-    for writer in (model, tokenizer):
-        writer.save_pretrained(folder / "models/smollm2-135m-instruct")
+    for name in ("models/smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M"):  # the second in place of the hub's
+        for writer in (model, tokenizer):
+            writer.save_pretrained(folder / name)
     rows = []
     for number in range(1200):
         question = f"\n\nHuman: What is {mix(number) % 10_000} good for?\n\nAssistant:"
@@ -43,6 +44,12 @@ def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.parent.mkdir(parents=True)
     data.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     monkeypatch.setenv("P3O_DATA", str(folder / "data"))
+    posts = [f"SUBREDDIT: r/AskReddit\n\nTITLE: Day {number}\n\nPOST: It rained.\n\nTL;DR:" for number in range(120)]
+    summaries = {"completion": " Rain.", "chosen": " It rained.", "rejected": " I do not know."}
+    for name, columns in (("tldr", ["completion"]), ("tldr-preference", ["chosen", "rejected"])):  # in place of the hub's
+        path = folder / "trl-lib" / name / "train.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({"prompt": post, **{key: summaries[key] for key in columns}}) + "\n" for post in posts))
 
 
 def test_the_recipes_are_found():
@@ -70,11 +77,11 @@ def test_its_command_stands_on_top_and_parses(p3o, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_stages_train_in_a_row(p3o, family, monkeypatch):
-    """Each from what the one before left: one update a stage, with every class, path and setting of the recipe."""
+    """Each from what the one before left: two updates a stage, with every class, path and setting of the recipe."""
     stand_ins(p3o.folder, monkeypatch)
     for stage in STAGES:
         config = f"{family}/{stage}.yaml"
-        short = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
+        short = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"]
         run = p3o("fit", "--config", config, *short)
         assert run.code == 0, (config, run)
         root = p3o.folder / yaml.safe_load((CONFIGS.parent / config).read_text())["trainer"]["default_root_dir"]

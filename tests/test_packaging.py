@@ -74,6 +74,7 @@ LAYERS = [
         "objectives",
         "baselines",
         "ppo",
+        "frontier",
         "relative_terms",
         "sequences",
         "batches",

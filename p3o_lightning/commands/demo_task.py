@@ -59,6 +59,11 @@ def gold(completions: list[str], **_: Any) -> list[float]:
     return [gold_score(review) for review in completions]
 
 
+def prompt_shift(prompts: list[str], **_: Any) -> list[float]:
+    """A reward that says nothing: delta(x), a standard normal number for each prompt, the same for all responses to it."""
+    return [random.Random(f"shift of {prompt}").gauss(0, 1) for prompt in prompts]
+
+
 def prompts() -> list[str]:
     """Every prompt of the task, in a fixed order."""
     return [f"review of the {place} near the {near} in {when} :" for place in PLACES for near in NEAR for when in WHEN]

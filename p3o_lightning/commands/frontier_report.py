@@ -1,0 +1,257 @@
+"""What `p3o frontier` writes of a plan: the raw rows and the statistics as CSV, a report in Markdown, and its figures."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p3o_lightning.commands.frontier_plan import Cell, Plan
+from p3o_lightning.commands.frontier_run import PATH, read_lines
+from p3o_lightning.errors import InputError
+from p3o_lightning.frontier import (
+    Difference,
+    Interval,
+    area_under,
+    bootstrap_interval,
+    height_at,
+    holm,
+    mixture_at,
+    paired_difference,
+    score_win_rate,
+)
+
+Row = dict[str, Any]
+
+
+class Failed(NamedTuple):
+    """A run that is not there, and why."""
+
+    cell: Cell
+    why: str
+
+
+class Statistic(NamedTuple):
+    """One figure over seeds. `against` names the variant that it is a paired difference to; empty: none."""
+
+    variant: str
+    quantity: str  # area_learned, area_gold, or FIGURE@NATS
+    against: str
+    mean: float
+    low: float
+    high: float
+    p_student: float
+    p_holm: float
+    p_sign_flip: float
+    seeds: int
+
+
+def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder: Path) -> Path:
+    """Write rows.csv, statistics.csv, report.md and the figures; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for cell in finished for row in run_rows(cell)]
+    write_rows(folder / "rows.csv", rows)
+    left_out = {(item.cell.variant, item.cell.job.seed) for item in missing}
+    points = Points([row for row in rows if (row["variant"], row["seed"]) not in left_out], plan)
+    statistics = compute_statistics(plan, points)
+    write_rows(folder / "statistics.csv", [item._asdict() for item in statistics])
+    figures = draw(plan, points, statistics, folder)
+    (folder / "report.md").write_text(markdown(plan, points, statistics, missing, figures), encoding="utf-8")
+    return folder
+
+
+def run_rows(cell: Cell) -> list[Row]:
+    """One row for every evaluation of the run: where it stands in the plan, and its means."""
+    place = {"variant": cell.variant, "seed": cell.job.seed, **cell.choice, "run": Path(cell.job.folder).name}
+    lines = read_lines(Path(cell.job.folder) / PATH)
+    for line in lines[:1]:
+        if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
+            line["kl"] = 0.0
+    return [place | line for line in lines]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A tidy CSV: a line for every row; lists, which are each response's scores, are left out."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list)))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items() if name in names})
+
+
+class Points:
+    """The evaluations by variant and seed, and the KL range that the variants are compared over."""
+
+    def __init__(self, rows: list[Row], plan: Plan) -> None:
+        self.by: dict[str, dict[int, list[Row]]] = {}
+        for row in rows:
+            self.by.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(row)
+        self.by = {variant.name: self.by[variant.name] for variant in plan.variants if variant.name in self.by}
+        self.has_gold = bool(rows) and all("gold" in row for row in rows)
+        reached = [max(float(row["kl"]) for row in points) for seeds in self.by.values() for points in seeds.values()]
+        self.kl_range = plan.kl_range or max(min(reached, default=1.0), 1e-3)
+        self.budgets = plan.budgets or [round(self.kl_range * share, 2) for share in (0.25, 0.5, 1.0)]
+
+    @property
+    def rewards(self) -> list[str]:
+        """The rewards that are shown."""
+        return ["learned", "gold"] if self.has_gold else ["learned"]
+
+    def over_seeds(self, variant: str, value: Callable[[list[Row]], float]) -> dict[int, float]:
+        """Seed -> a figure of its points."""
+        return {seed: value(points) for seed, points in sorted(self.by.get(variant, {}).items())}
+
+
+def column(points: list[Row], name: str) -> list[float]:
+    """A figure of every point."""
+    return [float(point[name]) for point in points]
+
+
+def gain_area(points: list[Row], reward: str, kl_range: float) -> float:
+    """Mean gain of `reward` over the start, along the frontier of the learned reward, over KL in [0, kl_range]."""
+    start = _start(points, reward)
+    return area_under(column(points, "kl"), column(points, "learned"), kl_range, of=column(points, reward)) - start
+
+
+def _start(points: list[Row], name: str) -> float:
+    return next(float(point[name]) for point in points if int(point["updates"]) == 0)
+
+
+def at_budget(points: list[Row], name: str, budget: float, gain: bool = False) -> float:
+    """A figure on the frontier of the learned reward at a KL of `budget`; with `gain`, less what it is at the start."""
+    value = height_at(column(points, "kl"), column(points, "learned"), budget, of=column(points, name))
+    return value - _start(points, name) if gain else value
+
+
+def head_to_head(ours: list[Row], theirs: list[Row], reward: str, budget: float) -> float:
+    """Win rate of one variant's frontier over another's at a KL of `budget`, on the same prompts; of mixtures, as they are mixed."""
+    sides = []
+    for points in (ours, theirs):
+        weights = mixture_at(column(points, "kl"), column(points, "learned"), budget)
+        sides.append([(weight, point) for weight, point in zip(weights, points, strict=True) if weight > 0])
+    pairs = [(a * b, one, other) for a, one in sides[0] for b, other in sides[1]]
+    return sum(weight * score_win_rate(one[f"{reward}_each"], other[f"{reward}_each"]) for weight, one, other in pairs)
+
+
+def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
+    """Every figure of the report: means over seeds with intervals, and paired differences to the baseline."""
+    quantities: dict[str, Callable[[list[Row]], float]] = {}
+    for reward in points.rewards:
+        quantities[f"area_{reward}"] = lambda rows, reward=reward: gain_area(rows, reward, points.kl_range)  # type: ignore[misc]
+    for budget in points.budgets:
+        for name in points.rewards:
+            quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b, gain=True)  # type: ignore[misc]
+        for name in (*(f"win_rate_{reward}" for reward in points.rewards), "length", "distinct_2"):
+            quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b)  # type: ignore[misc]
+    values = {quantity: {variant: points.over_seeds(variant, value) for variant in points.by} for quantity, value in quantities.items()}
+    statistics = []
+    for quantity, by_variant in values.items():
+        for variant, seeds in by_variant.items():
+            statistics.append(_alone(variant, quantity, bootstrap_interval(list(seeds.values())), len(seeds)))
+        statistics += _paired(quantity, by_variant, plan.baseline)
+    best = points.rewards[-1]
+    for budget in points.budgets:
+        for variant in points.by:
+            shared = sorted(set(points.by[variant]) & set(points.by.get(plan.baseline, {})))
+            if variant != plan.baseline and shared:
+                wins = [head_to_head(points.by[variant][seed], points.by[plan.baseline][seed], best, budget) for seed in shared]
+                item = _alone(variant, f"wins_{best}@{budget:g}", bootstrap_interval(wins), len(shared))
+                statistics.append(item._replace(against=plan.baseline))
+    return statistics
+
+
+def _alone(variant: str, quantity: str, interval: Interval, seeds: int) -> Statistic:
+    return Statistic(variant, quantity, "", *interval, math.nan, math.nan, math.nan, seeds)
+
+
+def _paired(quantity: str, by_variant: dict[str, dict[int, float]], baseline: str) -> list[Statistic]:
+    """Differences to the baseline on the seeds that both have; p values adjusted for the number of variants."""
+    found: list[tuple[str, Difference, int]] = []
+    for variant, seeds in by_variant.items():
+        shared = [seed for seed in seeds if seed in by_variant.get(baseline, {})]
+        if variant != baseline and shared:
+            difference = paired_difference([seeds[seed] for seed in shared], [by_variant[baseline][seed] for seed in shared])
+            found.append((variant, difference, len(shared)))
+    adjusted = holm([difference.p_student for _, difference, _ in found])
+    return [
+        Statistic(variant, quantity, baseline, *difference[:3], difference.p_student, p, difference.p_sign_flip, seeds)
+        for (variant, difference, seeds), p in zip(found, adjusted, strict=True)
+    ]
+
+
+# ---- the report
+
+
+def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: list[Failed], figures: list[str]) -> str:
+    """The report."""
+    named = {(item.variant, item.quantity, item.against): item for item in statistics}
+    count = len({seed for seeds in points.by.values() for seed in seeds})
+    lines = [f"# {plan.title}", ""]
+    lines += [f"![{Path(name).stem}]({name})" for name in figures] + ([""] if figures else [])
+    lines += [
+        f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are 95 % "
+        "bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest are read "
+        "at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
+        "",
+        "## Area under the frontier",
+        "",
+    ]
+    rewards = points.rewards
+    lines += _table(
+        ["variant", *(f"{reward}, mean gain" for reward in rewards)],
+        [[variant, *(_interval(named[variant, f"area_{reward}", ""]) for reward in rewards)] for variant in points.by],
+    )
+    others = [variant for variant in points.by if (variant, "area_learned", plan.baseline) in named]
+    if others:
+        lines += [f"## Paired with {plan.baseline}, seed by seed", ""]
+        body = []
+        for variant in others:
+            for reward in rewards:
+                item = named[variant, f"area_{reward}", plan.baseline]
+                body.append([variant, reward, _interval(item, "+.3f"), _p(item.p_student), _p(item.p_holm), _p(item.p_sign_flip)])
+        lines += _table(["variant", "reward", "difference of areas", "p (t)", "p (Holm)", "p (sign flips)"], body)
+    lines += ["## At matched KL", ""]
+    head = ["variant", "KL", *(f"{reward}, gain" for reward in rewards), f"win rate by {rewards[-1]}, over the start"]
+    body = []
+    for budget in points.budgets:
+        for variant in points.by:
+            names = [f"{name}@{budget:g}" for name in (*rewards, f"win_rate_{rewards[-1]}")]
+            duel = named.get((variant, f"wins_{rewards[-1]}@{budget:g}", plan.baseline))
+            body.append(
+                [variant, f"{budget:g}", *(_interval(named[variant, name, ""]) for name in names)]
+                + ["" if duel is None else _interval(duel)]
+                + [f"{named[variant, f'{name}@{budget:g}', ''].mean:.3g}" for name in ("length", "distinct_2")]
+            )
+    lines += _table([*head, f"over {plan.baseline}", "length", "distinct-2"], body)
+    if missing:
+        lines += ["## Not there", "", "A variant's seed is left out of all figures if one of its runs is missing.", ""]
+        lines += [f"- {item.cell.variant}, seed {item.cell.job.seed}, {item.cell.choice}: {item.why}" for item in missing] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(head: list[str], body: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)] + [""]
+
+
+def _interval(item: Statistic, form: str = ".3f") -> str:
+    limits = "" if math.isnan(item.low) else f" [{item.low:{form}}, {item.high:{form}}]"
+    return f"{item.mean:{form}}{limits}"
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def draw(plan: Plan, points: Points, statistics: list[Statistic], folder: Path) -> list[str]:
+    """The figures as PNG and SVG; returns the names of the PNGs."""
+    try:
+        from p3o_lightning.commands.frontier_figures import draw_areas, draw_frontiers
+    except ImportError as error:
+        raise InputError(f"the figures need matplotlib ({error}): pip install 'p3o-lightning[plots]', then the same command again.") from error
+    drawn = [draw_frontiers(plan, points, folder)]
+    if any(variant.x is not None for variant in plan.variants):
+        drawn.append(draw_areas(plan, points, statistics, folder))
+    return drawn
