@@ -14,7 +14,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench bench-growth bench-quick ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench bench-growth bench-quick study study-quick \
+  ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -80,6 +81,21 @@ bench-growth: setup  ## how time and memory grow with responses, length, batch a
 
 bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal work, one thread; ends with the ratios
 	$(BIN)/python benchmarks/quick.py
+
+# Of benchmarks/study; runs are shared between plans, finished ones are not made again.
+STUDY := methods invariance epochs responses kl_source clipping
+PLANS := $(STUDY:%=benchmarks/study/%.yaml)
+
+study: setup  ## the whole study of docs/study.md, about half an hour of one core: figures, CSVs, tables
+	$(BIN)/p3o frontier benchmarks/study/tuning.yaml $(PLANS) --out runs/study
+	for plan in tuning $(STUDY); do mkdir -p benchmarks/results/study/$$plan; \
+	  cp runs/study/$$plan/{rows,statistics}.csv benchmarks/results/study/$$plan/; done
+	for plan in $(STUDY); do for figure in frontier areas; do \
+	  test ! -f runs/study/$$plan/$$figure.png || cp runs/study/$$plan/$$figure.png docs/figures/$$plan-$$figure.png; done; done
+	$(BIN)/python benchmarks/study_tables.py
+
+study-quick: setup  ## a small version of every figure of the study, two seeds, some minutes: runs/study-quick
+	$(BIN)/p3o frontier $(PLANS) --out runs/study-quick --seeds 0 1 --rollouts 4
 
 ci: check test test-slow  ## what CI runs
 

@@ -417,4 +417,3 @@ def test_gold_of_the_demo_has_the_signature_of_a_reward():
     assert shifts[0] == shifts[1] != shifts[2]
     many = torch.tensor(demo_task.prompt_shift(prompts=[str(number) for number in range(2000)]))
     assert many.mean().abs() < 0.1 and (many.std() - 1).abs() < 0.1
-

@@ -106,5 +106,3 @@ def run_all(tasks: list[TaskJob], runs: list[RunJob], workers: int) -> dict[str,
             if run.task_folder in failed:
                 failed[run.folder] = f"its task failed: {failed[run.task_folder]}"
     return failed
-
-

@@ -31,7 +31,9 @@ def draw_frontiers(plan: Plan, points: Points, folder: Path) -> str:
     rewards, grid = points.rewards, np.linspace(0, points.kl_range, 41)
     one = len(series) == 1  # then the rewards stand side by side
     rows, columns = (1, len(rewards)) if one else (len(rewards), len(series))
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, sharex=True, sharey=False if one else "row")
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, sharex=True, sharey=False if one else "row"
+    )
     for number, (reward, name) in enumerate([(reward, name) for reward in rewards for name in series]):
         axis = axes.flat[number]
         members = [variant for variant in plan.variants if variant.series == name and variant.name in points.by]

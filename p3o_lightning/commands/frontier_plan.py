@@ -86,7 +86,7 @@ class Plan:
     rollouts: int | None = None
     task: str | None = None
     stages: list[Stage] = field(default_factory=list)
-    evaluate: Evaluate = Evaluate()
+    evaluate: Evaluate = field(default_factory=Evaluate)
     baseline: str = ""
     kl_range: float | None = None
     budgets: list[float] = field(default_factory=list)

@@ -100,6 +100,10 @@ class Points:
         """The rewards that are shown."""
         return ["learned", "gold"] if self.has_gold else ["learned"]
 
+    def has_each(self, reward: str) -> bool:
+        """Whether every response's own score is there, as it is beside the runs and not in rows.csv."""
+        return all(f"{reward}_each" in row for seeds in self.by.values() for points in seeds.values() for row in points)
+
     def over_seeds(self, variant: str, value: Callable[[list[Row]], float]) -> dict[int, float]:
         """Seed -> a figure of its points."""
         return {seed: value(points) for seed, points in sorted(self.by.get(variant, {}).items())}
@@ -153,7 +157,7 @@ def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
             statistics.append(_alone(variant, quantity, bootstrap_interval(list(seeds.values())), len(seeds)))
         statistics += _paired(quantity, by_variant, plan.baseline)
     best = points.rewards[-1]
-    for budget in points.budgets:
+    for budget in points.budgets if points.has_each(best) else []:
         for variant in points.by:
             shared = sorted(set(points.by[variant]) & set(points.by.get(plan.baseline, {})))
             if variant != plan.baseline and shared:
@@ -192,9 +196,9 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
     lines = [f"# {plan.title}", ""]
     lines += [f"![{Path(name).stem}]({name})" for name in figures] + ([""] if figures else [])
     lines += [
-        f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are 95 % "
-        "bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest are read "
-        "at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
+        f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are "
+        "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest are "
+        "read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
         "",
         "## Area under the frontier",
         "",
@@ -250,7 +254,9 @@ def draw(plan: Plan, points: Points, statistics: list[Statistic], folder: Path) 
     try:
         from p3o_lightning.commands.frontier_figures import draw_areas, draw_frontiers
     except ImportError as error:
-        raise InputError(f"the figures need matplotlib ({error}): pip install 'p3o-lightning[plots]', then the same command again.") from error
+        raise InputError(
+            f"the figures need matplotlib ({error}): pip install 'p3o-lightning[plots]', then the same command again."
+        ) from error
     drawn = [draw_frontiers(plan, points, folder)]
     if any(variant.x is not None for variant in plan.variants):
         drawn.append(draw_areas(plan, points, statistics, folder))

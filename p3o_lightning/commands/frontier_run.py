@@ -20,7 +20,7 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.callbacks import Export
 from p3o_lightning.commands import trainer as fitting
 from p3o_lightning.commands.demo import distinct_2
-from p3o_lightning.commands.frontier_plan import Evaluate, RunJob, Settings, TaskJob
+from p3o_lightning.commands.frontier_plan import RunJob, Settings, TaskJob
 from p3o_lightning.errors import InputError, Stopped
 from p3o_lightning.forwards import completion_logits, eval_mode
 from p3o_lightning.frontier import score_win_rate
@@ -182,7 +182,12 @@ class Measure(L.Callback):
             texts += [text for row in rows for text in row]
             lengths.append(mask.sum(-1).float())
             ended.append(policy.ended(tokens, mask).float())
-        return {name: torch.cat(values).float().cpu() for name, values in columns.items() if values}, texts, torch.cat(lengths), torch.cat(ended)
+        return (
+            {name: torch.cat(values).float().cpu() for name, values in columns.items() if values},
+            texts,
+            torch.cat(lengths),
+            torch.cat(ended),
+        )
 
 
 def expected_kl(policy: Any, batch: PromptBatch, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -235,7 +240,9 @@ def imported(name: str, key: str) -> Any:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{key} is {name!r}, which cannot be imported ({error}): give module.function, from the folder you run in.") from error
+        raise InputError(
+            f"{key} is {name!r}, which cannot be imported ({error}): give module.function, from the folder you run in."
+        ) from error
     if not callable(found):
         raise InputError(f"{key} is {name!r}, which is no function: give module.function.")
     return found

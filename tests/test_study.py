@@ -1,0 +1,118 @@
+"""docs/study.md, number by number: statistics from the evaluations, tables from the statistics, prose from the tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p3o_lightning.commands.frontier_plan import read_plan
+from p3o_lightning.commands.frontier_report import Points, compute_statistics
+
+ROOT = Path(__file__).parent.parent
+PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
+RESULTS = sorted((ROOT / "benchmarks/results/study").iterdir())
+TEXT = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+TABLE = re.compile(r"<!-- (\w+): ([^>]*) -->\n((?:\|.*\n)+)")
+P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The CSV's rows, numbers as numbers."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_plan_is_whole(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(str(path))
+    assert plan.variants and plan.evaluate.gold and plan.kl_range == 3
+    assert not set(plan.seeds) & {100, 101} or path.stem == "tuning"
+    assert len(plan.seeds) >= 5 or path.stem == "tuning"
+
+
+def test_every_plan_is_made_by_make():
+    recipe = (ROOT / "Makefile").read_text()
+    named = re.search(r"^STUDY := (.*)$", recipe, re.M)
+    assert named and set(named.group(1).split()) == {path.stem for path in PLANS} - {"tuning"}
+
+
+def test_tuning_spends_as_much_on_ppo_as_on_p3o(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    counts: dict[Any, int] = {}
+    for variant in read_plan("benchmarks/study/tuning.yaml").variants:
+        counts[variant.series] = counts.get(variant.series, 0) + 1
+    assert counts["PPO"] == counts["P3O V1"] == counts["P3O V2"] >= counts["RLOO"] == counts["GRPO"] == counts["online DPO"]
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_the_statistics_are_those_of_the_evaluations(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(f"benchmarks/study/{folder.name}.yaml")
+    again = {
+        (item.variant, item.quantity, item.against): item for item in compute_statistics(plan, Points(rows_of(folder / "rows.csv"), plan))
+    }
+    found = {(row["variant"], row["quantity"], row.get("against", "")): row for row in rows_of(folder / "statistics.csv")}
+    assert again.keys() <= found.keys()
+    assert {key for key in found.keys() - again.keys() if not key[1].startswith("wins_")} == set()  # those need every response's score
+    for key, item in again.items():
+        for name in ("mean", "low", "high", "p_student", "p_holm", "p_sign_flip", "seeds"):
+            assert getattr(item, name) == pytest.approx(found[key].get(name, math.nan), abs=2e-4, nan_ok=True), (key, name)
+
+
+def cells() -> list[tuple[str, str, str, str]]:
+    """(plan, variant, item, text) of every cell of every table."""
+    found = []
+    for plan, items, table in TABLE.findall(TEXT):
+        wanted = [item.strip() for item in items.split(",")]
+        for line in table.splitlines()[2:]:
+            variant, *texts = [text.strip() for text in line.strip("|").split("|")]
+            assert len(texts) == len(wanted), line
+            found += [(plan, variant, item, text) for item, text in zip(wanted, texts, strict=True)]
+    return found
+
+
+def test_every_cell_is_in_the_csv():
+    assert len(cells()) > 100
+    for plan, variant, item, text in cells():
+        quantity, paired, kind = item.partition("~")
+        rows = rows_of(ROOT / "benchmarks/results/study" / plan / "statistics.csv")
+        (row,) = [
+            row for row in rows if row["variant"] == variant and row["quantity"] == quantity and bool(row.get("against")) == bool(paired)
+        ] or [None]
+        if row is None:
+            assert text == "" and paired, (plan, variant, item)
+            continue
+        numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
+        names = [P_VALUES[kind]] if kind else ["mean", "low", "high"]
+        assert numbers == pytest.approx([row[name] for name in names], abs=5.1e-4), (plan, variant, item, text)
+
+
+def test_every_table_has_every_variant_of_its_plan(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for plan, _, table in TABLE.findall(TEXT):
+        named = [line.strip("|").split("|")[0].strip() for line in table.splitlines()[2:]]
+        assert named == [variant.name for variant in read_plan(f"benchmarks/study/{plan}.yaml").variants]
+
+
+def test_numbers_in_the_text_stand_in_a_table():
+    """Every number with a decimal point that is told as a result is one of a table, to the digits that it is told with."""
+    seen = TEXT.partition("## What was seen")[2]
+    assert seen
+    known = {number.lstrip("+-") for *_, text in cells() for number in re.findall(r"[-+]?\d+\.\d+", text)}
+    prose = re.sub(r"`[^`]*`", "", "\n".join(line for line in seen.splitlines() if not line.startswith(("|", "<!--", "!["))))
+    for number in re.findall(r"(?<![\w.])\d+\.\d+", prose):
+        digits = len(number.partition(".")[2])
+        assert any(f"{float(value):.{digits}f}" == number for value in known), number
