@@ -52,11 +52,17 @@ class Experience(NamedTuple):
     scores: Float[Tensor, "prompt response"] | None = None  # reward units, KL not included
     gaps: Float[Tensor, "prompt response response"] | None = None  # a judge's antisymmetric gaps; where given, the loss reads them alone
     values: Float[Tensor, "prompt response token"] | None = None  # ppo: the critic's before each token, reward units; 0 outside the mask
+    sampler_token_logps: Float[Tensor, "prompt response token"] | None = None  # nats under what drew them, where that is not the policy
 
     @property
     def old_logps(self) -> Float[Tensor, "prompt response"]:
         """Nats of the whole response under the policy that sampled it."""
         return self.old_token_logps.sum(-1)
+
+    @property
+    def sampler_logps(self) -> Float[Tensor, "prompt response"] | None:
+        """Nats of the whole response under what drew it, where that is not the policy."""
+        return None if self.sampler_token_logps is None else self.sampler_token_logps.sum(-1)
 
     @property
     def ref_logps(self) -> Float[Tensor, "prompt response"]:

@@ -69,6 +69,23 @@ def update_figures(terms: P3OTerms | RelativeTerms) -> dict[str, Tensor]:
     return figures | {name: value for name, value in of_critic.items() if value is not None}
 
 
+def sampler_figures(
+    old_token_logps: Float[Tensor, "prompt response token"],
+    sampler_token_logps: Float[Tensor, "prompt response token"],
+    mask: Bool[Tensor, "prompt response token"],
+) -> dict[str, Tensor]:
+    """How far what drew the responses is from the policy: by token in nats, and by response as the weight before any cap."""
+    gap = (old_token_logps - sampler_token_logps).masked_fill(~mask, 0)
+    weight = gap.sum(-1).clamp(-20, 20).exp()  # no more nats than that: these are averaged
+    return {
+        "sampling/sampling_logp_difference/mean": gap.abs().sum() / mask.sum().clamp(min=1),
+        "sampling/sampling_logp_difference/max": gap.abs().max(),
+        "sampling/importance_sampling_ratio/min": weight.min(),
+        "sampling/importance_sampling_ratio/mean": weight.mean(),
+        "sampling/importance_sampling_ratio/max": weight.max(),
+    }
+
+
 def duplicate_rate(tokens: Int[Tensor, "prompt response token"], mask: Bool[Tensor, "prompt response token"]) -> Float[Tensor, ""]:
     """Share of pairs of one prompt whose two responses are the same tokens: they teach nothing."""
     rows = tokens.masked_fill(~mask, -1)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from p3o_lightning.errors import InputError
+from p3o_lightning.sampler_correction import check_correction, sampler_weights
 
 Number = float | int  # the run-time type checker of the tests takes `float` literally and would refuse kl_coef=0
 
@@ -84,6 +85,9 @@ def p3o_loss(
     kl_source: str = "current",
     cross_weight: bool = True,
     gap_scale: str | None = None,
+    sampler_logps: Float[Tensor, "prompt response"] | None = None,
+    sampler_correction: str | None = "truncate",
+    sampler_cap: Number = 3.0,
 ) -> P3OTerms:
     """Pairwise policy loss on whole responses, the mean over all pairs i < j of a prompt and over prompts.
 
@@ -113,6 +117,11 @@ def p3o_loss(
         kl_source: Policy in q's KL part. "current" (authors' code) follows the policy within a rollout, "rollout" is the one that sampled.
         cross_weight: False drops v, for the own ratio alone: also unbiased off-policy. Read by "separate" only.
         gap_scale: "rms" divides q by the root mean square of this batch's within-prompt reward gaps (left as it is if that is 0).
+        sampler_logps: Nats under what drew the responses, where that is not quite the policy of old_logps (another engine or dtype), with
+            rho = exp(old_logps - sampler_logps). L_ij is then weighed by rho_i rho_j; of "separate" without cross_weight each of the two
+            terms by its own rho. None: the policy of old_logps drew them.
+        sampler_correction: "truncate" or "mask" weights above sampler_cap, or None for no weights: see sampler_correction.py.
+        sampler_cap: no unit, >= 1.
 
     One prompt, two responses, the first better by 1: the loss is 0 before the first update, its gradient is not.
 
@@ -126,20 +135,24 @@ def p3o_loss(
     """
     _check_word("clipping", clipping, "joint", "separate")
     _check_settings(clip_range, weight_cap, kl_coef, kl_source, gap_scale)
+    check_correction(sampler_correction, sampler_cap)
     _check_responses("logps", logps, 2)
     _check_shapes(logps.shape, old_logps=old_logps, ref_logps=ref_logps, scores=scores, gaps=gaps, clip_range=clip_range)
+    _check_shapes(logps.shape, sampler_logps=sampler_logps)
 
     logps, old_logps, ref_logps = _precise(logps), _precise(old_logps).detach(), _precise(ref_logps).detach()
     i, j = _pairs(logps)
     gap = _reward_gaps(scores, gaps, i, j).to(logps.dtype)
     q = _shaped_gaps(gap, (logps.detach() if kl_source == "current" else old_logps) - ref_logps, kl_coef, gap_scale, i, j)
     logratio = logps - old_logps  # log w
+    correction = (sampler_correction, sampler_cap)
 
     if clipping == "joint":
         drift = logratio[:, i] - logratio[:, j]  # D - D_old
         box = _pair_ranges(clip_range, drift, i, j)
         free, clipped = q * drift, q * torch.clamp(drift, -box, box)
         surrogate = _weight(logratio[:, i] + logratio[:, j], weight_cap) * torch.minimum(free, clipped)
+        surrogate = surrogate * _pair_rho(old_logps, sampler_logps, *correction, i, j)
     else:
         ratio = logratio.clamp(max=_LOSS_NATS).exp()  # w
         eps = _ranges(clip_range, ratio)
@@ -148,7 +161,12 @@ def p3o_loss(
         q_i, q_j = q * weight[:, j], -q * weight[:, i]  # each response is led by its own ratio and weighed by the other's
         free = torch.stack([q_i * ratio[:, i], q_j * ratio[:, j]])
         clipped = torch.stack([q_i * boxed[:, i], q_j * boxed[:, j]])
-        surrogate = torch.minimum(free, clipped).sum(0)
+        both = torch.minimum(free, clipped)
+        if cross_weight or sampler_logps is None:
+            surrogate = both.sum(0) * _pair_rho(old_logps, sampler_logps, *correction, i, j)
+        else:  # the other response is a baseline of the term, which needs no weight of its own
+            own = sampler_weights(old_logps, _precise(sampler_logps), *correction)
+            surrogate = (both * torch.stack([own[:, i], own[:, j]])).sum(0)
 
     return _terms(-surrogate.mean() / 2, (clipped < free).to(q.dtype).mean(), gap, q, logratio, i, j)
 
@@ -166,6 +184,9 @@ def p3o_token_loss(
     kl_coef: Number = 0.05,
     kl_source: str = "current",
     gap_scale: str | None = None,
+    sampler_token_logps: Float[Tensor, "prompt response token"] | None = None,
+    sampler_correction: str | None = "truncate",
+    sampler_cap: Number = 3.0,
 ) -> P3OTerms:
     """`p3o_loss` with its joint clip on tokens (clip_level="token"), for long responses: summed log-odds leave any one box by noise alone.
 
@@ -181,11 +202,13 @@ def p3o_token_loss(
         old_token_logps: Nats under the policy that sampled.
         mask: True on sampled tokens, EOS included; what lies elsewhere is never read.
         clip_range: eps, nats of one token. A tensor gives each response its own.
+        sampler_token_logps: Nats of each token under what drew it. Whole responses are weighed, in pairs, as in `p3o_loss`.
     The others are those of `p3o_loss`; `ref_logps` is per response.
     """
     _check_settings(clip_range, weight_cap, kl_coef, kl_source, gap_scale)
+    check_correction(sampler_correction, sampler_cap)
     _check_responses("token_logps", token_logps, 3)
-    _check_shapes(token_logps.shape, old_token_logps=old_token_logps, mask=mask)
+    _check_shapes(token_logps.shape, old_token_logps=old_token_logps, mask=mask, sampler_token_logps=sampler_token_logps)
     _check_shapes(token_logps.shape[:2], ref_logps=ref_logps, scores=scores, gaps=gaps, clip_range=clip_range)
 
     token_logps = _precise(token_logps).masked_fill(~mask, 0)
@@ -202,6 +225,8 @@ def p3o_token_loss(
     rise, fall = torch.clamp(drift, max=eps).sum(-1), torch.clamp(drift, min=-eps).sum(-1)
     gain = torch.where(q > 0, rise[:, i] - fall[:, j], fall[:, i] - rise[:, j])
     surrogate = _weight(logratio[:, i] + logratio[:, j], weight_cap) * q * gain
+    sampler_logps = None if sampler_token_logps is None else _precise(sampler_token_logps).masked_fill(~mask, 0).sum(-1)
+    surrogate = surrogate * _pair_rho(old_token_logps.sum(-1), sampler_logps, sampler_correction, sampler_cap, i, j)
 
     high, low = (drift > eps).sum(-1), (drift < -eps).sum(-1)
     removed = torch.where(q > 0, high[:, i] + low[:, j], low[:, i] + high[:, j]) * (q != 0)
@@ -345,6 +370,21 @@ def _weight(logweight: Tensor, cap: Number) -> Tensor:
     """sg clip(w, 1/c, c), clipped as nats so that no exp overflows."""
     nats = min(math.log(cap), _LOSS_NATS)
     return logweight.detach().clamp(-nats, nats).exp()
+
+
+def _pair_rho(
+    old_logps: Float[Tensor, "prompt response"],
+    sampler_logps: Float[Tensor, "prompt response"] | None,
+    correction: str | None,
+    cap: Number,
+    i: Tensor,
+    j: Tensor,
+) -> Float[Tensor, "prompt pair"]:
+    """rho_i rho_j under the cap; 1 where the policy itself drew the responses."""
+    if sampler_logps is None:
+        return torch.ones_like(old_logps[:, i])
+    sampler_logps = _precise(sampler_logps)
+    return sampler_weights(old_logps[:, i] + old_logps[:, j], sampler_logps[:, i] + sampler_logps[:, j], correction, cap)
 
 
 def _ranges(clip_range: Number | Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.critic import Critic
 from p3o_lightning.errors import InputError
 from p3o_lightning.experience import ExperienceLoader, ExperienceState
-from p3o_lightning.figures import rollout_figures, update_figures
+from p3o_lightning.figures import rollout_figures, sampler_figures, update_figures
 from p3o_lightning.forwards import eval_mode, turn_dropout_off
 from p3o_lightning.generation import Sampling
 from p3o_lightning.kl_control import adapted_kl_coef
@@ -30,6 +30,8 @@ from p3o_lightning.rewards import RewardInput, reward_sources
 from p3o_lightning.rollouts import SamplingPolicy
 from p3o_lightning.scoring import grouped_completion_logps, grouped_logps_and_hidden
 from p3o_lightning.sharding import prepare_split, whole_weights
+from p3o_lightning.vllm_sampling import VLLMSampler
+from p3o_lightning.vllm_server import VLLMServer
 
 
 class PairwisePolicy(SamplingPolicy):
@@ -68,6 +70,13 @@ class PairwisePolicy(SamplingPolicy):
         gap_scale: p3o: "rms" divides each pair's gap by the micro-batch's root mean square reward gap; None leaves it.
         missing_eos_penalty: subtracted from the score of a response that was cut off, in reward units.
         disable_dropout: keep dropout off in training too, so that the first update sees the ratio 1.
+        generation: "local" samples in this process, "vllm" has a vLLM server draw the responses: docs/distributed.md.
+        vllm_server: its address. It is given the policy's weights before every rollout.
+        vllm_weights: folder to hand weights over, seen by both under the same path; None is vllm_weights in the run's folder.
+        vllm_timeout: seconds that the server may take for the responses to one prompt, or to read the weights.
+        sampler_correction: where responses are not drawn by the policy itself, as with vllm: weigh them by policy over sampler, and
+            "truncate" weights above sampler_cap to it, or "mask" them to 0 (they stay in the mean); None weighs all 1.
+        sampler_cap: of a pair's weight, or of a response's with clipping: separate and no cross_weight; inf is none.
         start_up_proofs: check before the first update what would make a run go wrong in silence: see p3o_lightning.proofs.
         seed: of sampling and of micro-batch order.
         tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
@@ -111,6 +120,12 @@ class PairwisePolicy(SamplingPolicy):
         gap_scale: Literal["rms"] | None = None,
         missing_eos_penalty: float | None = None,
         disable_dropout: bool = True,
+        generation: Literal["local", "vllm"] = "local",
+        vllm_server: str = "http://127.0.0.1:8000",
+        vllm_weights: str | None = None,
+        vllm_timeout: float = 600.0,
+        sampler_correction: Literal["truncate", "mask"] | None = "truncate",
+        sampler_cap: float = 3.0,
         start_up_proofs: bool = True,
         seed: int = 0,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -139,10 +154,12 @@ class PairwisePolicy(SamplingPolicy):
         if disable_dropout:
             turn_dropout_off(self.model)
         self.sampling = Sampling(num_generations, max_completion_length, temperature, top_p, top_k)
+        self.vllm = VLLMSampler(VLLMServer(vllm_server, vllm_timeout), vllm_weights) if generation == "vllm" else None
         self.num_iterations, self.micro_batch_size, self.seed = num_iterations, micro_batch_size, seed
         self.objective, self.objective_settings = objective, settings_of_relative(arguments)
         self.critic = Critic(self.model) if objective == "ppo" else None
         self.loss_settings: dict[str, Any] = {"weight_cap": weight_cap, "kl_source": kl_source, "gap_scale": gap_scale}
+        self.loss_settings |= {"sampler_correction": sampler_correction, "sampler_cap": sampler_cap}
         self.clipping, self.clip_range, self.clip_level = clipping, clip_range, clip_level
         self.clip_reference_length, self.cross_weight = clip_reference_length, cross_weight
         self.kl_target, self.kl_horizon, self.missing_eos_penalty = kl_target, kl_horizon, missing_eos_penalty
@@ -162,10 +179,15 @@ class PairwisePolicy(SamplingPolicy):
 
     def rollout_step(self, prompts: PromptBatch) -> Experience:
         """Draw K responses for every prompt; score them under policy, reference and reward. Override it to make experience differently."""
-        if self.old_is_current:
-            tokens, mask, old_token_logps = self.sample_with_logps(prompts)
+        sampler_token_logps = None
+        if self.old_is_current or self.sampler_differs:
+            tokens, mask, sampler_token_logps = self.sample_with_logps(prompts)
         else:
             tokens, mask = self.sample(prompts)
+        if self.old_is_current:
+            assert sampler_token_logps is not None
+            old_token_logps = sampler_token_logps
+        else:
             old_token_logps = self.policy_logps(prompts.tokens, prompts.attention_mask, tokens, mask)
         values = None
         if self.critic is not None and self.needs_values:
@@ -182,6 +204,7 @@ class PairwisePolicy(SamplingPolicy):
             scores=scores if gaps is None else None,
             gaps=gaps,
             values=values,
+            sampler_token_logps=sampler_token_logps if self.sampler_differs else None,
         )
 
     def training_step(self, batch: Experience, batch_idx: int) -> STEP_OUTPUT:
@@ -199,6 +222,8 @@ class PairwisePolicy(SamplingPolicy):
         terms = self.loss(token_logps, batch) if values is None else self.loss(token_logps, batch, values)
         self.prove_start(token_logps, batch, terms)
         self.log_update(terms)
+        if batch.sampler_token_logps is not None:
+            self.log_dict(self.over_processes(sampler_figures(batch.old_token_logps, batch.sampler_token_logps, batch.completion_mask)))
         return terms.loss
 
     def loss(
@@ -217,6 +242,7 @@ class PairwisePolicy(SamplingPolicy):
         settings = {**self.loss_settings, "clip_range": clip_range, "kl_coef": self.state.kl_coef, "gaps": batch.gaps}
         scores = batch.scores if batch.gaps is None else None
         if self.clip_level == "token":
+            settings["sampler_token_logps"] = batch.sampler_token_logps
             return p3o_token_loss(token_logps, batch.old_token_logps, batch.completion_mask, batch.ref_logps, scores, **settings)
         return p3o_loss(
             token_logps.sum(-1),
@@ -225,6 +251,7 @@ class PairwisePolicy(SamplingPolicy):
             scores,
             clipping=self.clipping,
             cross_weight=self.cross_weight,
+            sampler_logps=batch.sampler_logps,
             **settings,
         )
 
@@ -332,6 +359,8 @@ class PairwisePolicy(SamplingPolicy):
         if not self.own_reference:
             proofs.prove_kl_is_zero(batch.old_token_logps, batch.ref_token_logps, mask, dtype)
         proofs.prove_ratio_is_one(token_logps, batch.old_token_logps, mask, dtype)
+        if batch.sampler_token_logps is not None:
+            proofs.prove_sampler_is_policy(batch.sampler_token_logps, batch.old_token_logps, mask)
         proofs.prove_nothing_is_clipped(terms.clip_fraction)
 
     # ---- KL control, metrics

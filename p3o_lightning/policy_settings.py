@@ -10,6 +10,7 @@ import torch
 from p3o_lightning.baselines import OBJECTIVES as RELATIVES
 from p3o_lightning.batches import Experience
 from p3o_lightning.errors import InputError
+from p3o_lightning.sampler_correction import CORRECTIONS
 
 _NOT_SETTINGS = ("token_logps", "experience", "values", "kl_coef", "clip_range")  # given by PairwisePolicy
 _OF_P3O = {
@@ -51,6 +52,13 @@ def check_settings(given: dict[str, Any]) -> None:
         ("clip_level", given["clip_level"] in ("sequence", "token"), "sequence or token"),
         ("kl_source", given["kl_source"] in ("current", "rollout"), "current or rollout"),
         ("gap_scale", given["gap_scale"] in (None, "rms"), "rms or null"),
+        ("generation", given["generation"] in ("local", "vllm"), "local or vllm"),
+        ("vllm_timeout", given["vllm_timeout"] > 0, "a number of seconds above 0, e.g. 600"),
+        ("sampler_correction", given["sampler_correction"] in (None, *CORRECTIONS), "truncate, mask or null"),
+        ("sampler_cap", given["sampler_cap"] >= 1, "a number of at least 1, e.g. 3"),
+        # cut, the server's probabilities are of other events than the policy's, and no weight makes up for what it never draws
+        ("top_p", given["generation"] == "local" or given["top_p"] == 1, "1 with generation: vllm"),
+        ("top_k", given["generation"] == "local" or given["top_k"] == 0, "0 with generation: vllm"),
     ):
         if not valid:
             raise InputError(f"model.{name} is {given[name]!r}: choose {wanted}.")
@@ -100,6 +108,11 @@ def _check_objective(given: dict[str, Any]) -> None:
     for name, rest in _OF_P3O.items():
         if given[name] != rest:
             raise InputError(f"model.{name} is {given[name]!r}, which objective {objective} does not read: remove it, or choose p3o.")
+    if given["generation"] == "vllm" and given["sampler_correction"] is not None:
+        raise InputError(
+            f"model.sampler_correction is {given['sampler_correction']!r}, but objective {objective} does not weigh by what drew the "
+            "responses: set it to null, which takes the server for the policy, or choose p3o."
+        )
     if given["clip_range"] is not None and "clip_range" not in taken:
         raise InputError(f"model.clip_range is {given['clip_range']!r}, but objective {objective} clips nothing: remove it.")
     _try_out(given)

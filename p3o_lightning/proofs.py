@@ -28,6 +28,9 @@ SWITCH_OFF = "If it is meant so, set model.start_up_proofs to false."
 # deterministic. On a CPU the difference is 0.
 _NOISE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
+# Nats a token, root mean square, by which another engine may differ: bfloat16 against float32 is some 0.05, another model above 1.
+_SAMPLER_NOISE = 0.3
+
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """What the model's forward computes in here: autocast's choice, or that of its weights."""
@@ -65,6 +68,22 @@ def prove_kl_is_zero(
             f"start-up proof: before the first update policy and reference differ by {drift:.3g} nats on a response, though the reference "
             "is the policy as it starts: something changed one of them after setup, or an adapter does not start at zero "
             f"(peft_config.init_lora_weights). Give model.reference if another one is meant. {SWITCH_OFF}"
+        )
+
+
+def prove_sampler_is_policy(
+    sampler_token_logps: Float[Tensor, "prompt response token"],
+    old_token_logps: Float[Tensor, "prompt response token"],
+    mask: Bool[Tensor, "prompt response token"],
+) -> None:
+    """What draws the responses holds the policy's weights: else the correction weighs by chance, and training learns from another model."""
+    gap = (sampler_token_logps.double() - old_token_logps.double()).masked_fill(~mask, 0)
+    rms = float((gap.square().sum() / mask.sum().clamp(min=1)).sqrt())
+    if not rms <= _SAMPLER_NOISE:
+        raise InputError(
+            f"start-up proof: the sampler's log-probabilities differ from the policy's by {rms:.3g} nats a token (root mean square; up to "
+            f"{_SAMPLER_NOISE} is taken for another engine or dtype): it serves another model than model.model, its weights are "
+            f"quantised, or it needs --logprobs-mode processed_logprobs for model.temperature. {SWITCH_OFF}"
         )
 
 

@@ -19,6 +19,7 @@ from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import Responses, RewardSum
 from p3o_lightning.scoring import grouped_completion_logps
 from p3o_lightning.seeds import mix
+from p3o_lightning.vllm_sampling import VLLMSampler
 
 
 class SamplingPolicy(ReferencedPolicy):
@@ -29,6 +30,7 @@ class SamplingPolicy(ReferencedPolicy):
     micro_batch_size: int | None  # prompts in one forward
     missing_eos_penalty: float | None
     seed: int
+    vllm: VLLMSampler | None  # what draws the responses, if not this process
     rollout_seed: int  # set anew before every rollout, a function of (seed, rollout)
     rollout_rewards: dict[str, Tensor]  # each reward source's own scores of the latest rollout
     rollout_judged: dict[str, Tensor]  # the judges' figures of it, by tag
@@ -55,6 +57,8 @@ class SamplingPolicy(ReferencedPolicy):
         self, prompts: PromptBatch, seed: int | None = None
     ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
         """As `sample`, and the nats of every token under the distribution that it was drawn from."""
+        if self.vllm is not None:
+            return self.vllm.sample_with_logps(self, prompts, self.rollout_seed if seed is None else seed)
         with eval_mode(self.model), self.whole_weights(), float32_by_default():
             return sample_with_logps(
                 self.model,
@@ -67,6 +71,14 @@ class SamplingPolicy(ReferencedPolicy):
                 share=self.share,
                 refuse_nonfinite=not self.guarded,
             )
+
+    @property
+    def sampler_differs(self) -> bool:
+        """Whether `sample_with_logps` draws from another distribution than the policy's, so that the loss must weigh by its probabilities.
+
+        True for another engine. A subclass that samples in another way, with half-precision weights say, says so by overriding this.
+        """
+        return self.vllm is not None and type(self).sample is SamplingPolicy.sample
 
     @property
     def guarded(self) -> bool:
@@ -142,6 +154,8 @@ class SamplingPolicy(ReferencedPolicy):
         """As in ReferencedPolicy; a fit needs rewards."""
         if stage == "fit" and self.rewards is None:
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
+        if self.vllm is not None:
+            self.vllm.begin(self)
         super().setup(stage)
 
     @property

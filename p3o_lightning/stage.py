@@ -171,7 +171,7 @@ class Stage(L.LightningModule):
         folder = self.check_export_folder(folder)
         if adapter:
             self.check_adapter()
-        whole = self._whole_model()
+        whole = self.whole_model()
         if self.global_rank != 0:
             return folder
         model = copy.deepcopy(whole).merge_and_unload() if is_adapted(whole) else whole
@@ -204,7 +204,7 @@ class Stage(L.LightningModule):
             )
         return folder
 
-    def _whole_model(self) -> Any:
+    def whole_model(self) -> Any:
         """The model, adapters and all. Of one that is split, a copy on the CPU of rank 0; the others get what they have."""
         if not is_split(self.model, self._root):
             return self.model

@@ -18,7 +18,7 @@ from p3o_lightning.tokenizers import byte_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
-RECIPES = [name for name in FILES if "model" in yaml.safe_load((CONFIGS.parent / name).read_text())]
+RECIPES = [name for name in FILES if "class_path" in yaml.safe_load((CONFIGS.parent / name).read_text()).get("model", {})]
 STAGES = ("sft", "reward", "policy")
 FAMILIES = sorted({Path(name).parent.as_posix() for name in RECIPES})
 CLASSES = {"sft": SupervisedPolicy, "reward": RewardModel, "policy": PairwisePolicy, "direct": DirectPreferencePolicy}

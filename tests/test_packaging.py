@@ -54,6 +54,8 @@ LAYERS = [
         "loaders",
         "metrics",
         "memory",
+        "vllm_server",
+        "vllm_sampling",
     },
     {
         "reference",
@@ -72,6 +74,7 @@ LAYERS = [
     },
     {
         "objectives",
+        "sampler_correction",
         "baselines",
         "ppo",
         "frontier",
