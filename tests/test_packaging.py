@@ -115,7 +115,8 @@ def applies(pin: Requirement, python: str) -> bool:
 
 
 def declared() -> list[Requirement]:
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    """All but vLLM: a server, which pins what it runs on itself."""
+    extras = [line for name, lines in PROJECT["optional-dependencies"].items() if name != "vllm" for line in lines]
     return [Requirement(line) for line in PROJECT["dependencies"] + extras]
 
 
