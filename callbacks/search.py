@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -150,7 +150,7 @@ class Rounds:
         if seen.made is not None and hasattr(module, "loss"):
             instead |= {"micro_batch": seen.made, "loss": _spied(module.loss, trace)}
         before = {name: vars(module).get(name, _nothing) for name in instead}
-        with isolate_rng():
+        with isolate_rng(), getattr(module, "rows_apart", nullcontext)():
             torch.set_rng_state(seen.random["cpu"])
             if "cuda" in seen.random:
                 torch.cuda.set_rng_state(seen.random["cuda"], module.device)

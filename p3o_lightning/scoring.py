@@ -164,6 +164,18 @@ def packed_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor, grou
 
 # ---- which models allow it
 
+_APART: list[None] = []
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Inside, every text has a padded row of its own: for who looks at what modules give, row by row."""
+    _APART.append(None)
+    try:
+        yield
+    finally:
+        _APART.pop()
+
 
 def fits(model: nn.Module, length: int) -> bool:
     """Whether every layer sees texts of this length whole: the attention of a packed row knows no window."""
@@ -182,6 +194,8 @@ _LEAVES_OUT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def allows(model: nn.Module) -> bool:
     """Whether the model gives the same numbers packed; tried out once for a model, on a few random tokens. It then attends by `packing`."""
     base = unwrapped(model)
+    if _APART:
+        return False
     if base not in _ALLOWS:
         former = attention(model)
         takes = all(accepts(model, name) for name in ("position_ids", "attention_mask")) and former in ("sdpa", NAME)

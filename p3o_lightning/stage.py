@@ -28,6 +28,7 @@ from p3o_lightning.forwards import is_adapted, unwrapped
 from p3o_lightning.hub import prepare_repository, push_folder
 from p3o_lightning.model_card import HEAD, model_card
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, from_description, read_checkpoint
+from p3o_lightning.scoring import rows_apart
 from p3o_lightning.sharding import is_split, prepare_split, whole_state_dict, whole_weights
 from p3o_lightning.text import visible
 from p3o_lightning.tokenizers import load_tokenizer, reads_alike, tokenizer_source
@@ -85,6 +86,10 @@ class Stage(L.LightningModule):
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, every process holds the whole model, so that loops of unequal length on them need not wait for each other."""
         return whole_weights(self.model, self._root)
+
+    def rows_apart(self) -> AbstractContextManager[None]:
+        """Inside, every text has a row of its own in the model's forward, so that what its modules give can be told apart by row."""
+        return rows_apart()
 
     def over_processes(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalar figures of all processes, on the module's device, in one exchange: least of a min, greatest of a max, mean of others."""

@@ -23,6 +23,7 @@ from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import FiniteGuard, LastCheckpoint, search
 from p3o_lightning.callbacks import finite as guards
 from p3o_lightning.errors import InputError, Stopped
+from p3o_lightning.packing import set_attention
 
 LAYER = "model.model.layers.0.mlp.down_proj"
 DECAYING = lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1)  # noqa: E731  (a skipped update must not decay either)
@@ -36,6 +37,8 @@ class Plant(L.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         self.now = lambda: torch.is_grad_enabled() and trainer.global_step in self.steps
+        if hasattr(pl_module, "rows_apart"):
+            set_attention(pl_module.model, "eager")  # as `fit` below
         self.plant(pl_module)
 
     def plant(self, pl_module):
@@ -43,9 +46,9 @@ class Plant(L.Callback):
 
 
 class InOutput(Plant):
-    """A value in one row (of a policy: one prompt with its responses) of a layer's output, in training_step."""
+    """A value in one row (of a policy: one response, two a prompt) of a layer's output, in training_step."""
 
-    def __init__(self, *steps, row=1, value=math.nan, name=LAYER):
+    def __init__(self, *steps, row=2, value=math.nan, name=LAYER):
         super().__init__(*steps)
         self.row, self.value, self.name = row, value, name
 
@@ -66,7 +69,7 @@ class InOutputGradient(Plant):
     def plant(self, pl_module):
         def spoil(gradient):
             spoilt = gradient.clone()
-            spoilt[1] = math.nan
+            spoilt[2] = math.nan
             return spoilt
 
         def watch(module, given, output):
@@ -118,9 +121,10 @@ class Watch(L.Callback):
         return [(not equal(former[0], now[0]), not equal(former[1], now[1])) for former, now in zip(self.seen, self.seen[1:], strict=False)]
 
 
-def fit(root, *callbacks, module=None, ckpt_path=None, settings=None, **flags):
-    """Two updates a rollout, of two prompts (four responses) each."""
+def fit(root, *callbacks, module=None, ckpt_path=None, settings=None, attention="eager", **flags):
+    """Two updates a rollout, of two prompts (four responses) each; "eager" attention is not packed, so that they are four rows."""
     module = module or policy(micro_batch_size=2, **(settings or {}))
+    set_attention(module.model, attention)
     run = trainer(root, callbacks=list(callbacks), **{"max_steps": 6, **flags})
     run.fit(module, module.wrap_train_dataloader(prompts()), ckpt_path=ckpt_path)
     return module, run
@@ -166,6 +170,26 @@ def test_a_log_probability_of_the_policy(tmp_path):
     assert equal(weights(module), weights(fit(tmp_path / "before", max_steps=3)[0]))
 
 
+class InEmbedding(L.Callback):
+    """The embedding of one letter turns NaN in an update."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            self.letter = int(batch.prompt_tokens[1][batch.prompt_mask[1]][-1])
+            pl_module.model.get_input_embeddings().weight.data[self.letter] = math.nan
+
+
+def test_texts_that_are_packed_are_told_apart(tmp_path):
+    plant = InEmbedding()
+    message, saved, module = stops(tmp_path, plant, attention="sdpa")
+    batch = Experience(**saved["batch"])
+    tokens = torch.cat([batch.prompt_tokens.unsqueeze(1).expand(-1, 2, -1), batch.completion_tokens[..., :-1]], -1)
+    mask = torch.cat([batch.prompt_mask.unsqueeze(1).expand(-1, 2, -1), batch.completion_mask[..., 1:]], -1)  # the last is not read
+    spoilt = ((tokens == plant.letter) & mask).any(-1).any(-1)
+    assert saved["rows"] == spoilt.nonzero().flatten().tolist() and 1 in saved["rows"]
+    assert saved["module"] == "model.model.embed_tokens" and module.model.config._attn_implementation == "p3o_packed"
+
+
 def test_a_rollout_is_looked_at_before_the_start_up_proofs_stumble_over_it(tmp_path):
     class InReferenceOutput(InOutput):
         """A row of what a layer of the reference gives, from the start."""
@@ -182,14 +206,14 @@ def test_a_rollout_is_looked_at_before_the_start_up_proofs_stumble_over_it(tmp_p
 
 
 class InSampling(Plant):
-    """A layer's output turns NaN in one row while a rollout is drawn and scored."""
+    """A layer's output turns NaN in the last row while a rollout is drawn and scored."""
 
     def plant(self, pl_module):
         def spoil(module, given, output):
             if torch.is_grad_enabled() or pl_module.global_step not in self.steps or output.shape[0] == 1:
                 return output
             spoilt = output.clone()
-            spoilt[1] = math.nan
+            spoilt[-1] = math.nan
             return spoilt
 
         pl_module.get_submodule(LAYER).register_forward_hook(spoil)

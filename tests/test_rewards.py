@@ -57,6 +57,7 @@ from p3o_lightning.forwards import sequence_scores
 from p3o_lightning.generation import decode_completions
 from p3o_lightning.models import load_policy, load_reward_backbone
 from p3o_lightning.rewards import FunctionReward, ModelReward, Responses, reward_sources, same_tokenizer, share_of_letter_e
+from p3o_lightning.scoring import allows
 from p3o_lightning.sequences import pad_left, pad_right
 from p3o_lightning.tokenizers import byte_tokenizer, distinct_pad_token
 
@@ -344,12 +345,13 @@ def test_a_reward_model_is_frozen_and_the_users_own_is_left_alone(trained):
 
 
 def what_it_reads(source: ModelReward, given: Responses) -> list[list[int]]:
-    """The rows that reach the network, without padding, shortest first."""
+    """The texts that reach the network."""
     rows: list[list[int]] = []
 
     def record(_, args, kwargs):
-        rows.extend(ids[kept.bool()].tolist() for ids, kept in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True))
+        rows.extend(ids.tolist() for ids in kwargs["packing"].texts(kwargs["input_ids"]))
 
+    assert allows(source.network)  # which tries it out
     hook = source.network.model.register_forward_pre_hook(record, with_kwargs=True)
     source(given)
     hook.remove()
