@@ -37,11 +37,14 @@ def left_out(head: nn.Linear) -> Iterator[list[Tensor]]:
         given[:] = [hidden]
         return hidden
 
+    former = vars(head).get("forward")  # that of casting.py, or none of its own
     head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield given
     finally:
         del head.forward
+        if former is not None:
+            head.forward = former  # type: ignore[method-assign]
 
 
 def head_logps(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
+from p3o_lightning.casting import cast_once
 from p3o_lightning.data_formats import Row, Text, Unusable
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.ensembles import Ensemble, EnsembleReward
@@ -185,7 +186,7 @@ class ModelReward:
         batch_rows = self.batch_rows // 4 if device.type == "cpu" else self.batch_rows  # what a core's cache holds
         size = max(1, batch_rows // count)  # prompts
         chunks = []
-        with eval_mode(self.network):
+        with eval_mode(self.network), cast_once(self.network):
             for start in range(0, len(order), size):
                 texts = [row for i in order[start : start + size] for row in rows[i * count : (i + 1) * count]]
                 tokens, mask = pad_right(texts, self.tokenizer.pad_token_id)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from p3o_lightning.batches import Experience, PromptBatch
+from p3o_lightning.casting import cast_once
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions, sample_with_logps
@@ -59,7 +60,7 @@ class SamplingPolicy(ReferencedPolicy):
         """As `sample`, and the nats of every token under the distribution that it was drawn from."""
         if self.vllm is not None:
             return self.vllm.sample_with_logps(self, prompts, self.rollout_seed if seed is None else seed)
-        with eval_mode(self.model), self.whole_weights(), float32_by_default():
+        with torch.no_grad(), eval_mode(self.model), self.whole_weights(), cast_once(self.model), float32_by_default():
             return sample_with_logps(
                 self.model,
                 prompts.tokens,
@@ -90,7 +91,7 @@ class SamplingPolicy(ReferencedPolicy):
     @torch.no_grad()
     def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
-        with eval_mode(self.model), self.whole_weights():
+        with eval_mode(self.model), self.whole_weights(), cast_once(self.model):
             return self._in_micro_batches(self.model, *tokens_and_masks)
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class SamplingPolicy(ReferencedPolicy):
         if self.adapter_is_policy:
             with self.model.disable_adapter():
                 return self.policy_logps(*tokens_and_masks)
-        with eval_mode(self.model):
+        with eval_mode(self.model), cast_once(self.reference):
             return self._in_micro_batches(self.reference, *tokens_and_masks)
 
     def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from p3o_lightning.frontier import (
     holm,
     mixture_at,
     paired_difference,
+    score_win_rate,
     student_p,
     student_quantile,
-    score_win_rate,
 )
 
 POINTS = st.lists(st.tuples(st.integers(0, 40), st.integers(-20, 20)), min_size=1, max_size=12)

@@ -65,6 +65,7 @@ LAYERS = [
         "tokenizers",
         "forwards",
         "packing",
+        "casting",
         "scoring",
         "head",
         "kv_cache",

@@ -1,0 +1,79 @@
+"""Weights cast once for a rollout give to the bit what autocast makes of them at every forward."""
+
+import pytest
+import torch
+from torch import nn
+
+from p3o_lightning.casting import cast_once
+from p3o_lightning.forwards import completion_logps, sequence_scores
+from p3o_lightning.generation import Sampling, sample_with_logps
+from p3o_lightning.models import attach_adapter
+from p3o_lightning.scoring import allows, grouped_completion_logps
+from tests.families import EOS, PAD, causal, left_padded
+from tests.test_scoring import batch, classifier
+
+
+def model_of(kind):
+    model = causal("llama")
+    return attach_adapter(model, {"r": 2, "init_lora_weights": False}) if kind == "adapter" else model
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@torch.no_grad()
+def test_log_probabilities_and_samples_are_the_same_to_the_bit(kind):
+    model = model_of(kind)
+    _, tokens, mask = left_padded([3, 6])
+    answers = []
+    for logps in (completion_logps, grouped_completion_logps):
+        with torch.autocast("cpu", torch.bfloat16):
+            allows(model)
+            one = logps(model, *batch())
+            with cast_once(model):
+                assert torch.equal(logps(model, *batch()), one)
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16), cast_once(model) if cast else torch.no_grad():
+            answers.append(sample_with_logps(model, tokens, mask, Sampling(3, 6), eos_token_id=EOS, pad_token_id=PAD, seed=3))
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+@torch.no_grad()
+def test_a_rewards_head_stays_in_float32():
+    model = classifier("llama")
+    texts, mask = torch.arange(3, 15).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = sequence_scores(model, texts, mask)
+        with cast_once(model):
+            other = sequence_scores(model, texts, mask)
+    assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+class Casts(torch.overrides.TorchFunctionMode):
+    """Counts what is handed to linear layers in float32: autocast casts it."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            self.wide += args[1].dtype == torch.float32
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_no_weight_is_cast_again():
+    model, tokens = causal("llama"), torch.tensor([[5, 6]])
+    with torch.autocast("cpu", torch.bfloat16), cast_once(model), Casts() as casts:
+        model(tokens)
+    assert casts.wide == 0
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        model(tokens)
+    assert casts.wide == 2 * 7 + 1
+
+
+def test_the_layers_are_as_they_were_after_it_and_nothing_happens_without_autocast_or_with_gradient():
+    model = causal("llama")
+    for enabled, grad in ((True, False), (False, False), (True, True)):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=enabled), cast_once(model):
+            assert ("forward" in vars(model.lm_head)) == (enabled and not grad)
+        assert not any("forward" in vars(module) for module in model.modules())
