@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEARNING, SAFE, CONSISTENT, FAST = "1. Is it learning?", "2. Is it safe?", "3. Is it consistent?", "4. Is it fast?"
 _FAST = {"tokens a second": [r"throughput/.*tokens.*"], "seconds": [r"throughput/.*seconds.*"], "learning rate": ["lr"]}
 
-# By what the stage consumes: group -> chart -> tags, as regular expressions. A chart of three tags that ends in "range" is a band: middle,
+# By kind of stage: group -> chart -> tags, as regular expressions. A chart of three tags that ends in "range" is a band: middle,
 # low, high.
 CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
     "prompts": {
@@ -54,6 +54,16 @@ CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
         CONSISTENT: {"updates left out": ["finite/skipped"]},
         FAST: _FAST,
     },
+    "preferences": {
+        LEARNING: {
+            "loss": ["loss", "val/loss"],
+            "accuracy": ["rewards/accuracies", "val/rewards/accuracies"],
+            "margin": ["rewards/margins", "val/rewards/margins"],
+        },
+        SAFE: {"both rewards: chosen should fall less": ["rewards/chosen", "rewards/rejected"]},
+        CONSISTENT: {"updates left out": ["finite/skipped"]},
+        FAST: _FAST,
+    },
     "demonstrations": {
         LEARNING: {"loss, nats a token": ["loss", "val/loss"]},
         SAFE: {"training below held out: it learns by heart": ["loss", "val/loss"]},
@@ -66,8 +76,16 @@ CHARTS: dict[str, dict[str, dict[str, list[str]]]] = {
 RESULTS = {
     "prompts": ["objective/scores", "objective/kl", "objective/rlhf_reward", "val/scores", "val/kl"],
     "pairs": ["val/accuracy", "val/log_loss", "val/ece", "val/length_rule_accuracy"],
+    "preferences": ["val/loss", "val/rewards/accuracies", "val/rewards/margins"],
     "demonstrations": ["loss", "val/loss"],
 }
+
+
+def kind_of(pl_module: L.LightningModule) -> str | None:
+    """A key of CHARTS: what the stage consumes, and of what consumes pairs whether it is a policy; None of a stage of other people's."""
+    view = getattr(pl_module, "view", None)
+    kind = "preferences" if view == "pairs" and hasattr(type(pl_module), "reference") else view
+    return kind if kind in CHARTS else None
 
 
 def writers(trainer: L.Trainer) -> list[SummaryWriter]:
@@ -96,13 +114,13 @@ class Dashboard(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Write layout and settings once training begins: a run that stops before leaves no folder."""
-        view = getattr(pl_module, "view", None)
-        if self._written or view not in CHARTS:
+        kind = kind_of(pl_module)
+        if self._written or kind is None:
             return
         self._written = True
-        results = RESULTS[view] + [f"rewards/{name}/mean" for name in reward_names(pl_module)]
+        results = RESULTS[kind] + [f"rewards/{name}/mean" for name in reward_names(pl_module)]
         for writer in writers(trainer):
-            writer.add_custom_scalars(layout(view))
+            writer.add_custom_scalars(layout(kind))
             experiment, start, self._end = session(settings(trainer, pl_module), results, changed(pl_module))
             for record in (experiment, start):
                 writer._get_file_writer().add_summary(record)
@@ -117,10 +135,10 @@ class Dashboard(L.Callback):
             writer._get_file_writer().add_summary(self._end)
 
 
-def layout(view: str) -> dict[str, dict[str, list[Any]]]:
+def layout(kind: str) -> dict[str, dict[str, list[Any]]]:
     """The charts of a stage as `SummaryWriter.add_custom_scalars` takes them."""
     groups: dict[str, dict[str, list[Any]]] = {}
-    for group, charts in CHARTS[view].items():
+    for group, charts in CHARTS[kind].items():
         groups[group] = {}
         for title, tags in charts.items():
             # a band is drawn from tags, lines from regular expressions

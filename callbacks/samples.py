@@ -18,7 +18,7 @@ class SampleTable(RolloutObserver):
 
     How to read it: whether what the reward prefers is what you prefer. Responses that grow alike, that flatter, or that repeat a phrase
     while `objective/scores` rises are the reward being gamed. KL is log pi - log pi_ref of the whole response, in nats; of a
-    judge that compares, the "reward" is the mean gap to the other responses.
+    judge that compares, the "reward" is the mean gap to the other responses. What a reward function gives to `log_extra` is a column more.
 
     Texts are shown as they are: no markup of a prompt or a response acts. Prompts are the first ones of the first rank's rollout.
 
@@ -35,16 +35,23 @@ class SampleTable(RolloutObserver):
     def observe(self, trainer: L.Trainer, pl_module: Any, prompts: PromptBatch, experience: Experience) -> None:
         """Write the table."""
         if targets := writers(trainer):
-            table = self.table(pl_module.tokenizer, prompts, experience)
+            extra = getattr(getattr(pl_module, "rollout_log", None), "extra", {})
+            table = self.table(pl_module.tokenizer, prompts, experience, extra)
             for writer in targets:
                 writer.add_text("samples", table, trainer.global_step)
 
-    def table(self, tokenizer: Any, prompts: PromptBatch, experience: Experience) -> str:
-        """The rollout's first prompts as a Markdown table."""
+    def table(self, tokenizer: Any, prompts: PromptBatch, experience: Experience, extra: dict[str, list[Any]] | None = None) -> str:
+        """The rollout's first prompts as a Markdown table. `extra`: further columns, one value a completion, prompt by prompt."""
+        extra = extra or {}
+        count = experience.completion_tokens.shape[1]
         gaps = pair_gaps(experience)
         ratings = experience.scores if experience.scores is not None else None if gaps is None else gaps.mean(-1)
         kls = experience.old_logps - experience.ref_logps
-        lines = ["| prompt | best response | reward | KL | worst response | reward | KL |", "|---|---|--:|--:|---|--:|--:|"]
+        columns = ["prompt"]
+        for which in ("best", "worst"):
+            columns += [f"{which} response", "reward", "KL", *map(self._cell, extra)]
+        numbers = "|".join(["--:", "--:", *("---" for _ in extra)])
+        lines = [f"| {' | '.join(columns)} |", f"|---|---|{numbers}|---|{numbers}|"]
         for row, prompt in enumerate(prompts.prompts[: self.rows]):
             best, worst = (0, 1) if ratings is None else _best_and_worst(ratings[row])
             cells = [self._cell(_as_text(prompt))]
@@ -53,6 +60,7 @@ class SampleTable(RolloutObserver):
                 text = str(tokenizer.decode(ids.cpu(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
                 rating = "" if ratings is None else f"{float(ratings[row, response]):.3f}"
                 cells += [self._cell(text), rating, f"{float(kls[row, response]):.2f}"]
+                cells += [self._cell(str(values[row * count + response])) for values in extra.values()]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from p3o_lightning.callbacks import Dashboard, FrontierPath, Reliability, Reward
 from p3o_lightning.metrics import PairReport
 
 EVERYTHING = {"scalars": 0, "tensors": 0, "images": 0, "histograms": 0}
-DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("sft", "reward", "policy")}
+DEBUG = {stage: f"configs/debug/{stage}.yaml" for stage in ("sft", "reward", "policy", "direct")}
 
 
 def events(folder) -> EventAccumulator:
@@ -89,6 +89,24 @@ def table_of(experience, given=("ab", "c"), tokenizer=None, **settings):
 def test_of_many_responses_the_best_and_the_worst_are_shown():
     shown = table_of(experience(scores=torch.tensor([[0.5, -2.0, 1.25], [3.0, 3.0, 3.0]])))
     assert shown == [["ab", "c", "1.250", "3.00", "b", "-2.000", "2.00"], ["c", "a", "3.000", "1.00", "c", "3.000", "3.00"]]
+
+
+def test_what_a_reward_function_notes_is_a_column_more():
+    extra = {"why": ["a1", "b1", "c|1", "a2", "b2", "c2"]}  # prompt by prompt
+    table = SampleTable().table(
+        letters(), PromptBatch(None, None, ["ab", "c"], {}), experience(scores=torch.tensor([[0.0, 1, 2], [2, 1, 0]])), extra
+    )
+    assert table.splitlines()[0].count("why") == 2
+    assert [(row[4], row[8]) for row in cells(table)] == [("c|1", "a1"), ("a2", "c2")]
+
+
+def test_the_policy_hands_them_over(tmp_path):
+    def noting(completions, log_extra, **_):
+        log_extra("length", [len(text) for text in completions])
+        return [0.0] * len(completions)
+
+    _, found = fit(tmp_path, SampleTable(), reward_funcs=noting, max_steps=1)
+    assert all(int(row[4]) == len(row[1]) and int(row[8]) == len(row[5]) for row in cells(texts(found, "samples")[0][1]))
 
 
 def test_a_judge_that_compares_is_shown_by_its_mean_gap():
@@ -237,15 +255,17 @@ def session(found: EventAccumulator, which: str):
 
 
 def test_runs_compare_by_settings_and_latest_results(p3o):
-    sources = "[p3o_lightning.rewards.share_of_letter_e, mine.gold]"
-    (p3o.folder / "mine.py").write_text("def gold(prompts, completions, **_):\n    return [float(len(text)) for text in completions]\n")
+    sources = "[p3o_lightning.rewards.share_of_letter_e, watched_reward.gold]"
+    (p3o.folder / "watched_reward.py").write_text(
+        "def gold(prompts, completions, **_):\n    return [float(len(text)) for text in completions]\n"
+    )
     found = run_stage(p3o, "policy", "--model.reward_funcs", sources, "--model.reward_weights", "[1, 0]", "--model.kl_coef", "0.25")
     settings = session(found, "session_start_info").session_start_info.hparams
     assert settings["model/kl_coef"].number_value == 0.25 and settings["model/clipping"].string_value == "joint"
     assert settings["trainer/max_steps"].number_value == 8 and settings["data/batch_size"].number_value == 8
     columns = session(found, "experiment").experiment
     shown_first = {item.name for item in columns.hparam_infos if item.differs}
-    assert shown_first >= {"model/kl_coef", "model/lr", "model/reward_funcs"} and "model/clip_range" not in shown_first
+    assert shown_first >= {"model/kl_coef", "model/lr", "model/reward_funcs"} and "model/temperature" not in shown_first
     assert not [name for name in settings if name.startswith(("model/_", "data/_"))]
     results = {item.name.tag for item in columns.metric_infos}
     assert results >= {"objective/scores", "objective/kl", "val/scores", "val/kl", "rewards/gold/mean"}

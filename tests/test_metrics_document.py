@@ -14,8 +14,27 @@ RUNS = {
     "reward": ["--config", "configs/debug/reward.yaml"],
     "p3o": ["--config", "configs/debug/policy.yaml"],
     "ppo": ["--config", "configs/debug/policy.yaml", "--model.objective=ppo"],
+    "direct": ["--config", "configs/debug/direct.yaml"],
+    "ensemble": [
+        "--config",
+        "configs/debug/policy.yaml",
+        "--model.reward_funcs=Ensemble",
+        "--model.reward_funcs.members=[tags_rewards.short, tags_rewards.long]",
+    ],
+    "judge": ["--config", "configs/debug/policy.yaml", "--model.reward_funcs=tags_rewards.judge"],
 }
-# design: the names that dashboards of other trainers have too
+MINE = """
+from p3o_lightning.judges import FunctionJudge
+
+def short(completions, **_):
+    return [-float(len(text)) for text in completions]
+
+def long(completions, **_):
+    return [float(len(text)) for text in completions]
+
+judge = FunctionJudge(lambda prompts, first, second, **_: [1.0 if len(a) < len(b) else 0.5 for a, b in zip(first, second)])
+"""
+# the names that dashboards of other trainers have too
 FIELD = [
     *(f"objective/{name}" for name in ("kl", "kl_k1", "kl_k2", "kl_k3", "entropy", "scores", "scores_margin", "rlhf_reward")),
     *("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio", "val/ratio_var", "val/contain_eos_token"),
@@ -41,12 +60,14 @@ def documented() -> set[str]:
 
 def plain(tag: str) -> str:
     """A tag as the document has it: any name is <name>, and what the text plugin adds is left out."""
-    return re.sub(r"^rewards/.+/mean$", "rewards/<name>/mean", tag.removesuffix("/text_summary"))
+    tag = re.sub("^(rewards|judges)/[^/]+/", r"\1/<name>/", tag.removesuffix("/text_summary"))
+    return tag.replace("<name>/sd", "<ensemble>/sd")
 
 
 @pytest.fixture
 def logged(p3o) -> dict[str, set[str]]:
     """The tags of every run, by its name."""
+    (p3o.folder / "tags_rewards.py").write_text(MINE)
     tags = {}
     for name, given in RUNS.items():
         run = p3o("fit", *given, "--trainer.default_root_dir", name, *SHORT)
@@ -70,5 +91,9 @@ def test_every_tag_is_documented_and_every_documented_tag_is_logged(logged):
 
 def test_the_document_is_read_as_it_is_meant():
     assert expanded("{val,test}/{a,b}_c") == ["val/a_c", "val/b_c", "test/a_c", "test/b_c"]
-    assert plain("rewards/a/b/mean") == "rewards/<name>/mean" and plain("samples/text_summary") == "samples"
+    assert (
+        plain("rewards/a/mean") == "rewards/<name>/mean"
+        and plain("judges/a/tie_rate") == "judges/<name>/tie_rate"
+        and plain("samples/text_summary") == "samples"
+    )
     assert len(documented()) > 60
