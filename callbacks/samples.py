@@ -14,11 +14,11 @@ from p3o_lightning.text import escaped
 
 
 class SampleTable(RolloutObserver):
-    """`samples` in the TEXT tab: prompts, the best and the worst of their responses, with reward and KL of each.
+    """`samples` in the TEXT tab: prompts, the best and the worst of their responses, reward and KL below each.
 
     How to read it: whether what the reward prefers is what you prefer. Responses that grow alike, that flatter, or that repeat a phrase
     while `objective/scores` rises are the reward being gamed. KL is log pi - log pi_ref of the whole response, in nats; of a
-    judge that compares, the "reward" is the mean gap to the other responses. What a reward function gives to `log_extra` is a column more.
+    judge that compares, the "reward" is the mean gap to the other responses. What a reward function gives to `log_extra` follows.
 
     Texts are shown as they are: no markup of a prompt or a response acts. Prompts are the first ones of the first rank's rollout.
 
@@ -41,26 +41,23 @@ class SampleTable(RolloutObserver):
                 writer.add_text("samples", table, trainer.global_step)
 
     def table(self, tokenizer: Any, prompts: PromptBatch, experience: Experience, extra: dict[str, list[Any]] | None = None) -> str:
-        """The rollout's first prompts as a Markdown table. `extra`: further columns, one value a completion, prompt by prompt."""
+        """The rollout's first prompts as a Markdown table. `extra`: more to show, one value a completion, prompt by prompt."""
         extra = extra or {}
         count = experience.completion_tokens.shape[1]
         gaps = pair_gaps(experience)
         ratings = experience.scores if experience.scores is not None else None if gaps is None else gaps.mean(-1)
         kls = experience.old_logps - experience.ref_logps
-        columns = ["prompt"]
-        for which in ("best", "worst"):
-            columns += [f"{which} response", "reward", "KL", *map(self._cell, extra)]
-        numbers = "|".join(["--:", "--:", *("---" for _ in extra)])
-        lines = [f"| {' | '.join(columns)} |", f"|---|---|{numbers}|---|{numbers}|"]
+        lines = ["| prompt | best response | worst response |", "|---|---|---|"]
         for row, prompt in enumerate(prompts.prompts[: self.rows]):
-            best, worst = (0, 1) if ratings is None else _best_and_worst(ratings[row])
             cells = [self._cell(_as_text(prompt))]
-            for response in (best, worst):
+            for response in (0, 1) if ratings is None else _best_and_worst(ratings[row]):
                 ids = experience.completion_tokens[row, response][experience.completion_mask[row, response]]
                 text = str(tokenizer.decode(ids.cpu(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                rating = "" if ratings is None else f"{float(ratings[row, response]):.3f}"
-                cells += [self._cell(text), rating, f"{float(kls[row, response]):.2f}"]
-                cells += [self._cell(str(values[row * count + response])) for values in extra.values()]
+                figures = [] if ratings is None else [f"reward {float(ratings[row, response]):.3f}"]
+                figures += [f"KL {float(kls[row, response]):.2f}"]
+                figures += [f"{escaped(name)} {self._cell(str(values[row * count + response]))}" for name, values in extra.items()]
+                # below the text: TensorBoard makes columns of numbers so narrow that it breaks them
+                cells.append(f"{self._cell(text)}<br>**{', '.join(figures)}**")
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 

@@ -49,8 +49,13 @@ def texts(found: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 
 
 def cells(table: str) -> list[list[str]]:
-    """The rows below the heading, as read by a person."""
-    return [[html.unescape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    """The rows below the heading, as read by a person: the prompt, then text, reward, KL, and what else there is, of both responses."""
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in table.splitlines()[2:]]
+    shown = []
+    for prompt, *responses in rows:
+        parts = [re.fullmatch(r"(.*)<br>\*\*reward (\S+), KL ([^,*]+)(?:, (.*))?\*\*", cell).groups() for cell in responses]
+        shown.append([html.unescape(value) for value in (prompt, *(value for part in parts for value in part if value is not None))])
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -96,8 +101,7 @@ def test_what_a_reward_function_notes_is_a_column_more():
     table = SampleTable().table(
         letters(), PromptBatch(None, None, ["ab", "c"], {}), experience(scores=torch.tensor([[0.0, 1, 2], [2, 1, 0]])), extra
     )
-    assert table.splitlines()[0].count("why") == 2
-    assert [(row[4], row[8]) for row in cells(table)] == [("c|1", "a1"), ("a2", "c2")]
+    assert [(row[4], row[8]) for row in cells(table)] == [("why c|1", "why a1"), ("why a2", "why c2")]
 
 
 def test_the_policy_hands_them_over(tmp_path):
@@ -106,7 +110,7 @@ def test_the_policy_hands_them_over(tmp_path):
         return [0.0] * len(completions)
 
     _, found = fit(tmp_path, SampleTable(), reward_funcs=noting, max_steps=1)
-    assert all(int(row[4]) == len(row[1]) and int(row[8]) == len(row[5]) for row in cells(texts(found, "samples")[0][1]))
+    assert all((row[4], row[8]) == (f"length {len(row[1])}", f"length {len(row[5])}") for row in cells(texts(found, "samples")[0][1]))
 
 
 def test_a_judge_that_compares_is_shown_by_its_mean_gap():
@@ -129,8 +133,9 @@ def test_a_hostile_response_stays_in_its_cell():
             return HOSTILE
 
     table = SampleTable().table(Hostile(), PromptBatch(None, None, [HOSTILE, "c"], {}), experience(scores=torch.zeros(2, 3)))
-    assert all(len(line.strip("|").split("|")) == 7 for line in table.splitlines())
-    assert not re.search(r"<(?!br>)|\[|\*|`|\x1b", "\n".join(table.splitlines()[2:]))
+    assert all(len(line.strip("|").split("|")) == 3 for line in table.splitlines())
+    rest = re.sub(r"\*\*reward \S+, KL \S+\*\*", "", "\n".join(table.splitlines()[2:]))
+    assert not re.search(r"<(?!br>)|\[|\*|`|\x1b", rest)
 
 
 # ------------------------------------------------------------------------------------------------ histograms
