@@ -1,6 +1,18 @@
 """The relatives of P3O: each against a loop of its own equation, and how it relates to P3O. Ids such as C8 or H3 number the statements.
 
 Enumeration is that of tests/tabular.py; everything is float64, on- and off-policy.
+
+The power of these tests: each of these errors, planted alone, fails at least one. Most fall to the loops of the equations first.
+    rloo: own reward in the baseline, KL of the wrong sign, KL at the current policy
+    grpo: biased or unguarded standard deviation, mean over the batch's tokens, KL of the wrong sign
+    dr_grpo: standard deviation kept, divisor ignored;  gspo: whole ratio, KL not over the length
+    reinforce: a ratio for the log-probability
+    pairs: labels swapped, beta in the soft label, 1/tau for 1/(2 tau), eta on the wrong side, KL left out of rebel, half left out of copg,
+        log-odds to the old policy for those to the reference
+    clip: without min, none, wrong side, upper range ignored;  k3 inverted, k1 for k3;  mask ignored;  old, scores or values not detached
+    gaps: summed, transposed
+    ppo: lambda or gamma left out, V of the wrong sign, score at the first token, KL of the wrong sign, returns of whitened advantages,
+        whitening without centring, least for greatest error, value clip around the present value, half, vf_coef or divisor left out
 """
 
 from __future__ import annotations
