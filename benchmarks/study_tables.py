@@ -1,6 +1,6 @@
 """Fill the tables of docs/study.md from benchmarks/results/study: `python benchmarks/study_tables.py`.
 
-A table is named by the comment in front of it, `<!-- PLAN: QUANTITY, QUANTITY~, QUANTITY~p, ... -->`, with one item a column after the variant's.
+A table is named by the comment in front of it, `<!-- PLAN: QUANTITY, QUANTITY~, QUANTITY~p, ... -->`: an item a column after the variant's.
 QUANTITY is the mean with its interval, QUANTITY~ the paired difference to the baseline, QUANTITY~p its p value (paired t test), ~holm that
 after Holm's adjustment, ~flip that of the sign-flip test.
 """

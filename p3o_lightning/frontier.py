@@ -191,10 +191,8 @@ def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> Difference:
         return Difference(*interval, math.nan, math.nan)
     error = gaps.std(ddof=1) / math.sqrt(n)
     p = student_p(gaps.mean() / error, n - 1) if error > 0 else float(gaps.mean() == 0)
-    if n <= 16:
-        signs = np.array(list(itertools.product((1, -1), repeat=n)))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), (1 << 16, n))
+    every = n <= 16
+    signs = np.array(list(itertools.product((1, -1), repeat=n))) if every else np.random.default_rng(0).choice((1, -1), (1 << 16, n))
     flipped = np.abs((signs * gaps).mean(1))
     return Difference(*interval, float(p), float((flipped >= abs(gaps.mean()) * (1 - 1e-12)).mean()))
 

@@ -290,7 +290,9 @@ def test_the_correction_enters_where_the_training_forward_gives_the_old_log_prob
     corrected, recorder = run(HalfPrecisionSampler, tmp_path, **one_update)
     without, _ = run(HalfPrecisionSampler, tmp_path, sampler_correction=None, **one_update)
     assert not equal(weights(corrected), weights(without))
-    differences = [row["sampling/sampling_logp_difference/max"] for _, row in recorder.rows if "sampling/sampling_logp_difference/max" in row]
+    differences = [
+        row["sampling/sampling_logp_difference/max"] for _, row in recorder.rows if "sampling/sampling_logp_difference/max" in row
+    ]
     assert len(differences) == 8 and min(differences) > 0
 
 

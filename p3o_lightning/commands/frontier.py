@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("plans", nargs="+", metavar="PLAN", help="a YAML file; several share equal runs")
     parser.add_argument("--out", default="runs/frontier", help="output folder (default: runs/frontier)")
-    parser.add_argument("--workers", type=int, default=max(len(usable_cores()), 1), help="processes, one thread each (default: the cores)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes, one thread each (default: the cores)")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the plans' seeds")
     parser.add_argument("--rollouts", type=int, help="in place of the plans' rollouts a run")
     parser.add_argument("--report", action="store_true", help="run nothing: report what is finished")
@@ -70,9 +69,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
-def usable_cores() -> Iterable[int]:
-    """The cores that this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # type: ignore[return-value]
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def changed(plan: Plan, given: argparse.Namespace) -> Plan:

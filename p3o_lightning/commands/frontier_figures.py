@@ -74,7 +74,7 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
     for axis, reward in zip(axes[0], points.rewards, strict=True):
         for place, name in enumerate(series):
             members = [item for item in plan.variants if item.series == name and item.x is not None and item.name in points.by]
-            found = [(ticks.index(item.x), named[item.name, f"area_{reward}"]) for item in members]
+            found = [(ticks.index(item.x), named[item.name, f"area_{reward}"]) for item in members if item.x is not None]
             x = [position + 0.06 * (place - (len(series) - 1) / 2) for position, _ in found]  # side by side, so that bars can be seen
             mean = [item.mean for _, item in found]
             errors = [[item.mean - item.low for _, item in found], [item.high - item.mean for _, item in found]]

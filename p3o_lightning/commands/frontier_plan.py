@@ -153,9 +153,9 @@ def read_plan(given: str) -> Plan:
         check.keys(f"{base}: ", common, _KEYS)
         merged = {**check.mapping("settings", common.get("settings") or {}), **check.mapping("settings", content.get("settings") or {})}
         content = {**common, **content, "settings": merged}
-    configs = content.get("config")
-    configs = [configs] if isinstance(configs, str) else configs
-    check(isinstance(configs, list) and configs and all(isinstance(item, str) for item in configs), "config", configs, "a p3o fit config")
+    named = content.get("config")
+    configs: list[str] = [named] if isinstance(named, str) else named or []
+    check(isinstance(configs, list) and configs and all(isinstance(item, str) for item in configs), "config", named, "a p3o fit config")
     for content_of in _contents(configs):
         kind = str((content_of.get("model") or {}).get("class_path")).rpartition(".")[2]
         check(kind not in ("RewardModel", "SupervisedPolicy"), "config", configs, f"the config of a PairwisePolicy, not of a {kind}")
@@ -179,7 +179,7 @@ def read_plan(given: str) -> Plan:
     return Plan(
         name=path.stem,
         title=str(content.get("title", path.stem)),
-        configs=list(configs),
+        configs=configs,
         variants=variants,
         seeds=list(dict.fromkeys(seeds)),
         settings=check.mapping("settings", content.get("settings") or {}),

@@ -197,8 +197,8 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
     lines += [f"![{Path(name).stem}]({name})" for name in figures] + ([""] if figures else [])
     lines += [
         f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are "
-        "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest are "
-        "read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
+        "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest "
+        "are read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
         "",
         "## Area under the frontier",
         "",

@@ -1,4 +1,4 @@
-"""Jobs over worker processes: each worker imports the libraries once and takes one job after another; a job that dies takes no other along."""
+"""Jobs over worker processes: each imports the libraries once and takes job after job; a job that dies takes no other along."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run_jobs(work: Callable[[Job], Any], jobs: Sequence[Job], workers: int) -> I
         workers: processes.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a worker imports torch
-    left, running = list(reversed(jobs)), {}
-    idle: list[_Worker] = []
+    left, idle = list(reversed(jobs)), list[_Worker]()
+    running: dict[_Worker, Job] = {}
     try:
         while left or running:
             while left and len(running) < workers:
