@@ -194,8 +194,8 @@ class ModelReward:
         scores = torch.cat(chunks)
         if not bool(scores.isfinite().all()):
             warnings.warn(  # an error here would stop one rank alone
-                f"reward {self.name!r} gave {int((~scores.isfinite()).sum())} of {scores.numel()} responses a score that is NaN or infinite: "
-                "nothing can be learned from them. Give another reward model, or a wider dtype (model.dtype float32).",
+                f"reward {self.name!r} gave {int((~scores.isfinite()).sum())} of {scores.numel()} responses a score that is NaN or "
+                "infinite: nothing can be learned from them. Give another reward model, or a wider dtype (model.dtype float32).",
                 stacklevel=2,
             )
         return scores[torch.tensor(order).argsort()]

@@ -181,7 +181,7 @@ class InEmbedding(L.Callback):
 
 def test_texts_that_are_packed_are_told_apart(tmp_path):
     plant = InEmbedding()
-    message, saved, module = stops(tmp_path, plant, attention="sdpa")
+    _, saved, module = stops(tmp_path, plant, attention="sdpa")
     batch = Experience(**saved["batch"])
     tokens = torch.cat([batch.prompt_tokens.unsqueeze(1).expand(-1, 2, -1), batch.completion_tokens[..., :-1]], -1)
     mask = torch.cat([batch.prompt_mask.unsqueeze(1).expand(-1, 2, -1), batch.completion_mask[..., 1:]], -1)  # the last is not read

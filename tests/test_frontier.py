@@ -19,7 +19,8 @@ from tiny import collate, policy
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.commands import frontier, frontier_run
 from p3o_lightning.commands.frontier_plan import Evaluate, RunJob, read_plan
-from p3o_lightning.commands.frontier_report import Points, compute_statistics, head_to_head, markdown
+from p3o_lightning.commands.frontier_points import Points, compute_statistics, head_to_head
+from p3o_lightning.commands.frontier_report import markdown
 from p3o_lightning.commands.worker_pool import run_jobs
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import completion_logps

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from p3o_lightning.commands.frontier_plan import read_plan
-from p3o_lightning.commands.frontier_report import Points, compute_statistics
+from p3o_lightning.commands.frontier_points import Points, compute_statistics
 
 ROOT = Path(__file__).parent.parent
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 
 from p3o_lightning.commands.frontier_plan import Plan, Variant
+from p3o_lightning.commands.frontier_points import Points, Statistic, at_budget
 from p3o_lightning.frontier import bootstrap_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-
-if TYPE_CHECKING:
-    from p3o_lightning.commands.frontier_report import Points, Statistic
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and a line style with each.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -25,8 +23,6 @@ NAMES = {"learned": "learned reward (optimised)", "gold": "gold score (not optim
 
 def draw_frontiers(plan: Plan, points: Points, folder: Path) -> str:
     """Gain against KL: a row of panels for the learned reward and one for gold, a column for each series."""
-    from p3o_lightning.commands.frontier_report import at_budget
-
     series = list(dict.fromkeys(variant.series for variant in plan.variants if variant.name in points.by))
     rewards, grid = points.rewards, np.linspace(0, points.kl_range, 41)
     one = len(series) == 1  # then the rewards stand side by side

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from p3o_lightning.commands.frontier_plan import Cell, Plan
-from p3o_lightning.commands.frontier_run import PATH, read_lines
+from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics, run_rows
 from p3o_lightning.errors import InputError
-from p3o_lightning.frontier import (
-    Difference,
-    Interval,
-    area_under,
-    bootstrap_interval,
-    height_at,
-    holm,
-    mixture_at,
-    paired_difference,
-    score_win_rate,
-)
-
-Row = dict[str, Any]
 
 
 class Failed(NamedTuple):
@@ -31,21 +18,6 @@ class Failed(NamedTuple):
 
     cell: Cell
     why: str
-
-
-class Statistic(NamedTuple):
-    """One figure over seeds. `against` names the variant that it is a paired difference to; empty: none."""
-
-    variant: str
-    quantity: str  # area_learned, area_gold, or FIGURE@NATS
-    against: str
-    mean: float
-    low: float
-    high: float
-    p_student: float
-    p_holm: float
-    p_sign_flip: float
-    seeds: int
 
 
 def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder: Path) -> Path:
@@ -62,16 +34,6 @@ def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder
     return folder
 
 
-def run_rows(cell: Cell) -> list[Row]:
-    """One row for every evaluation of the run: where it stands in the plan, and its means."""
-    place = {"variant": cell.variant, "seed": cell.job.seed, **cell.choice, "run": Path(cell.job.folder).name}
-    lines = read_lines(Path(cell.job.folder) / PATH)
-    for line in lines[:1]:
-        if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
-            line["kl"] = 0.0
-    return [place | line for line in lines]
-
-
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A tidy CSV: a line for every row; lists, which are each response's scores, are left out."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list)))
@@ -80,113 +42,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items() if name in names})
-
-
-class Points:
-    """The evaluations by variant and seed, and the KL range that the variants are compared over."""
-
-    def __init__(self, rows: list[Row], plan: Plan) -> None:
-        self.by: dict[str, dict[int, list[Row]]] = {}
-        for row in rows:
-            self.by.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(row)
-        self.by = {variant.name: self.by[variant.name] for variant in plan.variants if variant.name in self.by}
-        self.has_gold = bool(rows) and all("gold" in row for row in rows)
-        reached = [max(float(row["kl"]) for row in points) for seeds in self.by.values() for points in seeds.values()]
-        self.kl_range = plan.kl_range or max(min(reached, default=1.0), 1e-3)
-        self.budgets = plan.budgets or [round(self.kl_range * share, 2) for share in (0.25, 0.5, 1.0)]
-
-    @property
-    def rewards(self) -> list[str]:
-        """The rewards that are shown."""
-        return ["learned", "gold"] if self.has_gold else ["learned"]
-
-    def has_each(self, reward: str) -> bool:
-        """Whether every response's own score is there, as it is beside the runs and not in rows.csv."""
-        return all(f"{reward}_each" in row for seeds in self.by.values() for points in seeds.values() for row in points)
-
-    def over_seeds(self, variant: str, value: Callable[[list[Row]], float]) -> dict[int, float]:
-        """Seed -> a figure of its points."""
-        return {seed: value(points) for seed, points in sorted(self.by.get(variant, {}).items())}
-
-
-def column(points: list[Row], name: str) -> list[float]:
-    """A figure of every point."""
-    return [float(point[name]) for point in points]
-
-
-def gain_area(points: list[Row], reward: str, kl_range: float) -> float:
-    """Mean gain of `reward` over the start, along the frontier of the learned reward, over KL in [0, kl_range]."""
-    start = _start(points, reward)
-    return area_under(column(points, "kl"), column(points, "learned"), kl_range, of=column(points, reward)) - start
-
-
-def _start(points: list[Row], name: str) -> float:
-    return next(float(point[name]) for point in points if int(point["updates"]) == 0)
-
-
-def at_budget(points: list[Row], name: str, budget: float, gain: bool = False) -> float:
-    """A figure on the frontier of the learned reward at a KL of `budget`; with `gain`, less what it is at the start."""
-    value = height_at(column(points, "kl"), column(points, "learned"), budget, of=column(points, name))
-    return value - _start(points, name) if gain else value
-
-
-def head_to_head(ours: list[Row], theirs: list[Row], reward: str, budget: float) -> float:
-    """Win rate of one variant's frontier over another's at a KL of `budget`, on the same prompts; of mixtures, as they are mixed."""
-    sides = []
-    for points in (ours, theirs):
-        weights = mixture_at(column(points, "kl"), column(points, "learned"), budget)
-        sides.append([(weight, point) for weight, point in zip(weights, points, strict=True) if weight > 0])
-    pairs = [(a * b, one, other) for a, one in sides[0] for b, other in sides[1]]
-    return sum(weight * score_win_rate(one[f"{reward}_each"], other[f"{reward}_each"]) for weight, one, other in pairs)
-
-
-def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
-    """Every figure of the report: means over seeds with intervals, and paired differences to the baseline."""
-    quantities: dict[str, Callable[[list[Row]], float]] = {}
-    for reward in points.rewards:
-        quantities[f"area_{reward}"] = lambda rows, reward=reward: gain_area(rows, reward, points.kl_range)  # type: ignore[misc]
-    for budget in points.budgets:
-        for name in points.rewards:
-            quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b, gain=True)  # type: ignore[misc]
-        for name in (*(f"win_rate_{reward}" for reward in points.rewards), "length", "distinct_2"):
-            quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b)  # type: ignore[misc]
-    values = {quantity: {variant: points.over_seeds(variant, value) for variant in points.by} for quantity, value in quantities.items()}
-    statistics = []
-    for quantity, by_variant in values.items():
-        for variant, seeds in by_variant.items():
-            statistics.append(_alone(variant, quantity, bootstrap_interval(list(seeds.values())), len(seeds)))
-        statistics += _paired(quantity, by_variant, plan.baseline)
-    best = points.rewards[-1]
-    for budget in points.budgets if points.has_each(best) else []:
-        for variant in points.by:
-            shared = sorted(set(points.by[variant]) & set(points.by.get(plan.baseline, {})))
-            if variant != plan.baseline and shared:
-                wins = [head_to_head(points.by[variant][seed], points.by[plan.baseline][seed], best, budget) for seed in shared]
-                item = _alone(variant, f"wins_{best}@{budget:g}", bootstrap_interval(wins), len(shared))
-                statistics.append(item._replace(against=plan.baseline))
-    return statistics
-
-
-def _alone(variant: str, quantity: str, interval: Interval, seeds: int) -> Statistic:
-    return Statistic(variant, quantity, "", *interval, math.nan, math.nan, math.nan, seeds)
-
-
-def _paired(quantity: str, by_variant: dict[str, dict[int, float]], baseline: str) -> list[Statistic]:
-    """Differences to the baseline on the seeds that both have; p values adjusted for the number of variants."""
-    found: list[tuple[str, Difference, int]] = []
-    for variant, seeds in by_variant.items():
-        shared = [seed for seed in seeds if seed in by_variant.get(baseline, {})]
-        if variant != baseline and shared:
-            difference = paired_difference([seeds[seed] for seed in shared], [by_variant[baseline][seed] for seed in shared])
-            found.append((variant, difference, len(shared)))
-    adjusted = holm([difference.p_student for _, difference, _ in found])
-    return [
-        Statistic(variant, quantity, baseline, *difference[:3], difference.p_student, p, difference.p_sign_flip, seeds)
-        for (variant, difference, seeds), p in zip(found, adjusted, strict=True)
-    ]
-
-
-# ---- the report
 
 
 def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: list[Failed], figures: list[str]) -> str:
