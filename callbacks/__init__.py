@@ -18,11 +18,12 @@ from p3o_lightning.callbacks.reference import ReferenceSync
 from p3o_lightning.callbacks.reliability import Reliability
 from p3o_lightning.callbacks.rollouts import RolloutObserver
 from p3o_lightning.callbacks.samples import SampleTable
+from p3o_lightning.callbacks.throughput import Throughput
 
 
 def observers() -> list[Callback]:
     """What `p3o fit` attaches to every run, beside the callbacks that have a section of their own. Each does nothing for other stages."""
-    return [Dashboard(), SampleTable(), RewardGap(), FrontierPath(), Reliability()]
+    return [Dashboard(), SampleTable(), RewardGap(), FrontierPath(), Reliability(), Throughput()]
 
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "RewardGap",
     "RolloutObserver",
     "SampleTable",
+    "Throughput",
     "observers",
 ]

@@ -15,6 +15,7 @@ from p3o_lightning.casting import cast_once
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import eval_mode
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions, sample_with_logps
+from p3o_lightning.phases import phase
 from p3o_lightning.reference import ReferencedPolicy
 from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import Responses, RewardSum
@@ -54,6 +55,7 @@ class SamplingPolicy(ReferencedPolicy):
         """K responses for each prompt and their mask, sampled EOS included; dropout off."""
         return self.sample_with_logps(prompts, seed)[:2]
 
+    @phase("generation")
     def sample_with_logps(
         self, prompts: PromptBatch, seed: int | None = None
     ) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
@@ -88,12 +90,14 @@ class SamplingPolicy(ReferencedPolicy):
             return False
         return any(getattr(item, "takes_nonfinite", False) for item in self.trainer.callbacks)  # type: ignore[attr-defined]
 
+    @phase("scoring")
     @torch.no_grad()
     def policy_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """Nats of every token under the policy, computed as `training_step` computes them: same dtype, same micro-batch shape."""
         with eval_mode(self.model), self.whole_weights(), cast_once(self.model):
             return self._in_micro_batches(self.model, *tokens_and_masks)
 
+    @phase("scoring")
     @torch.no_grad()
     def reference_logps(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """Nats of every token under the reference."""
@@ -112,6 +116,7 @@ class SamplingPolicy(ReferencedPolicy):
         """The tensors in pieces of as many prompts as training takes at once."""
         return zip(*(tensor.split(self.micro_batch_size or len(tensor)) for tensor in tensors), strict=True)
 
+    @phase("scoring")
     def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:
         """Reward units, KL not included: the weighted sum of the reward sources, less the penalty for a missing EOS."""
         if self.rewards is None:
@@ -125,6 +130,7 @@ class SamplingPolicy(ReferencedPolicy):
             scores = scores - self.missing_eos_penalty * (~self.ended(tokens, mask)).float()
         return scores
 
+    @phase("scoring")
     def compare(
         self, prompts: PromptBatch, tokens: Tensor, mask: Tensor, scores: Float[Tensor, "prompt response"]
     ) -> Float[Tensor, "prompt response response"] | None:

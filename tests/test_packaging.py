@@ -65,6 +65,7 @@ LAYERS = [
         "tokenizers",
         "forwards",
         "packing",
+        "phases",
         "casting",
         "scoring",
         "head",
