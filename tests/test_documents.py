@@ -176,6 +176,15 @@ def test_the_tutorial_works_from_the_file_to_the_model_that_answers(p3o):
     assert "val/scores" in card.replace("&#45;", "-").replace("&#47;", "/") and "2 updates" in card
 
 
+def test_the_functions_of_the_algorithm_are_there():
+    """Each formula of docs/algorithm.md names the function that computes it."""
+    page = (ROOT / "docs/algorithm.md").read_text(encoding="utf-8").split("## Formulas")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("|")][2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", row[2])}
+    known = {name for module in ("objectives", "kl_control") for name in vars(import_module(f"p3o_lightning.{module}"))}
+    assert named <= known and {"p3o_loss", "bradley_terry_loss", "adapted_kl_coef"} <= named
+
+
 # ---- the README
 
 
