@@ -116,3 +116,8 @@ def test_numbers_in_the_text_stand_in_a_table():
     for number in re.findall(r"(?<![\w.])\d+\.\d+", prose):
         digits = len(number.partition(".")[2])
         assert any(f"{float(value):.{digits}f}" == number for value in known), number
+
+
+def test_the_plan_on_a_real_model_is_whole(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(read_plan("benchmarks/smollm2-hh.yaml").cells(Path("out"))) == 24
