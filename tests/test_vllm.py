@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_a_policy_learns_the_known_answer_from_a_servers_responses(stand_in, add
     """The best answer is nothing but "a"; every response that it learns from was drawn by the server, with weights that followed."""
     recorder = Recorder()
     module = served(address, num_generations=4, lr=3e-2, kl_coef=0.01, max_completion_length=4)
-    fit(module, tmp_path, max_steps=40, logger=recorder, log_every_n_steps=1, max_epochs=-1)
+    fit(module, tmp_path, max_steps=24, logger=recorder, log_every_n_steps=1, max_epochs=-1)
     scores = [row["objective/scores"] for _, row in recorder.rows if "objective/scores" in row]
     assert sum(scores[:3]) / 3 < 0.5 and sum(scores[-3:]) / 3 > 0.9
     tokens, mask, _ = module.sample_with_logps(collate(PROMPTS[:4]), seed=1)
@@ -89,7 +90,7 @@ def test_the_server_holds_the_policys_weights_at_every_rollout(stand_in, address
 def test_adapters_are_merged_for_the_server(stand_in, address, tmp_path):
     module = served(address, peft_config={"r": 2, "lora_alpha": 8}, lr=0.1)
     fit(module, tmp_path, max_steps=2)
-    whole = module.whole_model().state_dict()
+    whole = copy.deepcopy(module.model).merge_and_unload().state_dict()
     assert stand_in.held[0].keys() == whole.keys() and not equal(stand_in.held[0], stand_in.held[1])
     batch = collate(PROMPTS[:4])
     tokens, mask, told = module.sample_with_logps(batch, seed=5)
@@ -485,11 +486,19 @@ def test_a_connection_that_breaks_is_tried_again_but_not_for_ever(monkeypatch):
         ({"vllm_timeout": 0}, r"model.vllm_timeout is 0: choose a number of seconds above 0"),
         ({"top_p": 0.9}, r"model.top_p is 0.9: choose 1 with generation: vllm"),
         ({"top_k": 20}, r"model.top_k is 20: choose 0 with generation: vllm"),
+        ({"objective": "rloo"}, r"model.sampler_correction is 'truncate', but objective rloo does not weigh .*: set it to null"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(InputError, match=message):
         policy(**{"generation": "vllm", **settings})
+
+
+def test_another_objective_takes_a_servers_responses_without_weights(stand_in, address, tmp_path):
+    module = served(address, objective="rloo", sampler_correction=None)
+    start = weights(module)
+    fit(module, tmp_path, max_steps=2)
+    assert len(stand_in.held) == 2 and not equal(weights(module), start)
 
 
 def test_fsdp1_is_refused_before_anything_is_split(tmp_path):
