@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LEARNING, SAFE, CONSISTENT, FAST = "1. Is it learning?", "2. Is it safe?", "3. Is it consistent?", "4. Is it fast?"
-_FAST = {"tokens a second": [r"throughput/.*tokens.*"], "seconds": [r"throughput/.*seconds.*"], "learning rate": ["lr"]}
+_FAST = {
+    "tokens a second": ["throughput/tokens_per_second"],
+    "seconds": [r"throughput/.+_seconds"],
+    "memory at most, MiB": ["throughput/peak_memory_mib"],
+    "learning rate": ["lr"],
+}
 
 # By kind of stage: group -> chart -> tags, as regular expressions. A chart of three tags that ends in "range" is a band: middle,
 # low, high.

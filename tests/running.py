@@ -76,11 +76,15 @@ def p3o(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         logger.propagate, logger.handlers, logger.filters = propagate, handlers, filters
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar of a run's dashboard, by tag: (step, value)."""
+def scalars(folder: Path, clock: bool = False) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of a run's dashboard, by tag: (step, value). Those of the clock, which no run repeats, are left out unless asked for."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if clock or not tag.startswith("throughput/")
+    }
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
