@@ -31,7 +31,7 @@ def cell(rows: dict[tuple[str, str, bool], dict[str, str]], variant: str, item: 
         return ""
     if kind:
         return f"{float(row[P_VALUES[kind]]):.3f}"
-    sign = "+" if paired else ""
+    sign = "+" if paired and not quantity.startswith("wins") else ""
     low, high = (f"{float(row[name]):{sign}.3f}" for name in ("low", "high"))
     return f"{float(row['mean']):{sign}.3f} [{low}, {high}]"
 

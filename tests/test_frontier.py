@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import collate, policy
+from tiny import collate, equal, policy
 
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.commands import frontier, frontier_run
@@ -167,11 +168,14 @@ def test_runs_of_a_seed_start_from_the_same_draws(p3o):
 
 
 def test_measuring_changes_nothing_of_the_run(p3o):
-    often, seldom = (job(p3o.folder / str(times), evaluate={"times": times}) for times in (4, 1))
+    """However often it is measured, and on however many responses: the weights in the end are the same."""
+    often = job(p3o.folder / "often", evaluate={"times": 4, "responses": 3})
+    seldom = job(p3o.folder / "seldom", evaluate={"times": 1, "responses": 2})
     for run in (often, seldom):
         frontier_run.train(run)
     assert len(lines_of(often)) == 5 and len(lines_of(seldom)) == 2
-    assert lines_of(often)[-1] == lines_of(seldom)[-1]
+    ends = [torch.load(Path(run.folder) / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (often, seldom)]
+    assert equal(*ends)
 
 
 def test_the_shift_of_a_second_source_and_the_weight_of_the_first_are_not_in_what_is_measured(p3o):
@@ -202,7 +206,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(p3o, monkeypatch):
         frontier_run.train(broken)
     monkeypatch.setattr(LastCheckpoint, "save", save)
     path = Path(broken.folder) / frontier_run.PATH
-    path.write_text(path.read_text() + '{"updates": 7, "kl')  # killed while it wrote, after the checkpoint
+    ahead = {**lines_of(broken)[-1], "updates": 9}  # it went on after the checkpoint, and was killed while it wrote
+    path.write_text(path.read_text() + json.dumps(ahead) + '\n{"updates": 11, "kl')
     frontier_run.train(broken)
     assert lines_of(broken) == lines_of(whole)
 
