@@ -110,6 +110,7 @@ def test_seed_and_task_are_filled_in(tmp_path):
         ({"evaluate": {"time": 2}}, "evaluate.time"),
         ({"evaluate": {"times": 0}}, "evaluate.times"),
         ({"baseline": "SFT"}, "baseline"),
+        ({"show": ["SFT"]}, "show"),
         ({"kl_range": -1}, "kl_range"),
         ({"budgets": 3}, "budgets"),
         ({"config": None}, "config"),

@@ -38,7 +38,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_a_plan_is_whole(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = read_plan(str(path))
-    assert plan.variants and plan.evaluate.gold and plan.kl_range == 3
+    assert plan.variants and plan.evaluate.gold and plan.kl_range == 2
     assert not set(plan.seeds) & {100, 101} or path.stem == "tuning"
     assert len(plan.seeds) >= 5 or path.stem == "tuning"
 

@@ -23,7 +23,8 @@ NAMES = {"learned": "learned reward (optimised)", "gold": "gold score (not optim
 
 def draw_frontiers(plan: Plan, points: Points, folder: Path) -> str:
     """Gain against KL: a row of panels for the learned reward and one for gold, a column for each series."""
-    series = list(dict.fromkeys(variant.series for variant in plan.variants if variant.name in points.by))
+    shown = [variant for variant in plan.variants if variant.name in points.by and (not plan.show or variant.name in plan.show)]
+    series = list(dict.fromkeys(variant.series for variant in shown))
     rewards, grid = points.rewards, np.linspace(0, points.kl_range, 41)
     one = len(series) == 1  # then the rewards stand side by side
     rows, columns = (1, len(rewards)) if one else (len(rewards), len(series))
@@ -32,7 +33,7 @@ def draw_frontiers(plan: Plan, points: Points, folder: Path) -> str:
     )
     for number, (reward, name) in enumerate([(reward, name) for reward in rewards for name in series]):
         axis = axes.flat[number]
-        members = [variant for variant in plan.variants if variant.series == name and variant.name in points.by]
+        members = [variant for variant in shown if variant.series == name]
         for place, variant in enumerate(members):
             curves = [[at_budget(rows_, reward, k, gain=True) for k in grid] for rows_ in points.by[variant.name].values()]
             _band(axis, grid, np.array(curves), place, _label(variant))

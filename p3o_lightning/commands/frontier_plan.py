@@ -91,6 +91,7 @@ class Plan:
     kl_range: float | None = None
     budgets: list[float] = field(default_factory=list)
     x_label: str | None = None
+    show: list[str] = field(default_factory=list)  # variants in the figure of frontiers; all if empty
 
     def tasks(self, out: Path) -> dict[int, TaskJob]:
         """Seed -> what its runs share. The folder is named by what makes it, so that plans share it."""
@@ -140,7 +141,7 @@ def _filled(settings: Settings, seed: int, task: Path) -> Settings:
 
 # ---- reading
 
-_KEYS = "from title config settings variants grid seeds rollouts task stages evaluate baseline kl_range budgets x_label"
+_KEYS = "from title config settings variants grid seeds rollouts task stages evaluate baseline kl_range budgets x_label show"
 
 
 def read_plan(given: str) -> Plan:
@@ -173,6 +174,8 @@ def read_plan(given: str) -> Plan:
         check(type(value) is int and value > 0, f"evaluate.{name}", value, "a whole number above 0")
     baseline, names = content.get("baseline", variants[0].name), [variant.name for variant in variants]
     check(baseline in names, "baseline", baseline, f"one of the variants: {', '.join(names)}")
+    show = content.get("show") or []
+    check(isinstance(show, list) and set(show) <= set(names), "show", show, f"a list of variants, of {', '.join(names)}")
     kl_range, budgets = content.get("kl_range"), content.get("budgets") or []
     check(kl_range is None or _is_positive(kl_range), "kl_range", kl_range, "a number of nats above 0")
     check(isinstance(budgets, list) and all(map(_is_positive, budgets)), "budgets", budgets, "a list of nats above 0")
@@ -191,6 +194,7 @@ def read_plan(given: str) -> Plan:
         kl_range=None if kl_range is None else float(kl_range),
         budgets=[float(value) for value in budgets],
         x_label=content.get("x_label"),
+        show=show,
     )
 
 

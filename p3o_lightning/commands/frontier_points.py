@@ -1,14 +1,12 @@
-"""The evaluations of the runs as points of KL and reward, and the figures of every variant over its seeds."""
+"""The figures of a frontier report, from the evaluations of its runs: seed by seed, then over seeds and paired with the baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from p3o_lightning.commands.frontier_plan import Cell, Plan
-from p3o_lightning.commands.frontier_run import PATH, read_lines
+from p3o_lightning.commands.frontier_plan import Plan
 from p3o_lightning.frontier import (
     Difference,
     Interval,
@@ -21,7 +19,7 @@ from p3o_lightning.frontier import (
     score_win_rate,
 )
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # an evaluation: its variant, seed and means
 
 
 class Statistic(NamedTuple):
@@ -37,16 +35,6 @@ class Statistic(NamedTuple):
     p_holm: float
     p_sign_flip: float
     seeds: int
-
-
-def run_rows(cell: Cell) -> list[Row]:
-    """One row for every evaluation of the run: where it stands in the plan, and its means."""
-    place = {"variant": cell.variant, "seed": cell.job.seed, **cell.choice, "run": Path(cell.job.folder).name}
-    lines = read_lines(Path(cell.job.folder) / PATH)
-    for line in lines[:1]:
-        if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
-            line["kl"] = 0.0
-    return [place | line for line in lines]
 
 
 class Points:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from p3o_lightning.commands.frontier_plan import Cell, Plan
-from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics, run_rows
+from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
+from p3o_lightning.commands.frontier_run import PATH, read_lines
 from p3o_lightning.errors import InputError
 
 
@@ -34,6 +35,16 @@ def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder
     return folder
 
 
+def run_rows(cell: Cell) -> list[Row]:
+    """One row for every evaluation of the run: where it stands in the plan, and its means."""
+    place = {"variant": cell.variant, "seed": cell.job.seed, **cell.choice, "run": Path(cell.job.folder).name}
+    lines = read_lines(Path(cell.job.folder) / PATH)
+    for line in lines[:1]:
+        if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
+            line["kl"] = 0.0
+    return [place | line for line in lines]
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """A tidy CSV: a line for every row; lists, which are each response's scores, are left out."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list)))
@@ -42,6 +53,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items() if name in names})
+
+
+# ---- the report
 
 
 def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: list[Failed], figures: list[str]) -> str:
