@@ -39,7 +39,7 @@ def address(stand_in):
 
 
 def served(address, **settings):
-    return policy(**{"generation": "vllm", "vllm_server": address, "vllm_timeout": 20.0, **settings})
+    return policy(**{"generation": "vllm", "vllm_server": address, "vllm_timeout": 120.0, **settings})
 
 
 def fit(module, root, *, ckpt_path=None, data=None, **flags):
@@ -204,7 +204,7 @@ def test_a_server_at_another_temperature_is_weighed_back(tmp_path):
     """
     batch = collate(PROMPTS[:2])
     with serving(StandIn(temperature=2.0)) as address:
-        module = served(address, num_generations=400, max_completion_length=2)
+        module = served(address, num_generations=100, max_completion_length=2)
         torch.manual_seed(3)
         for parameter in module.model.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -215,9 +215,9 @@ def test_a_server_at_another_temperature_is_weighed_back(tmp_path):
     logits = [module.model(row[kept].unsqueeze(0)).logits[0, -1] for row, kept in zip(batch.tokens, batch.attention_mask, strict=True)]
     exact = torch.stack(logits).softmax(-1)[:, 0].detach()
     hotter = (torch.stack(logits) / 2).softmax(-1)[:, 0].detach()
-    error = (weight * firsts).std(1) / 20
+    error = (weight * firsts).std(1) / 10
     assert (((weight * firsts).mean(1) - exact).abs() < 4 * error).all()
-    assert ((firsts.mean(1) - hotter).abs() < 4 * firsts.std(1).clamp(min=0.05) / 20).all()
+    assert ((firsts.mean(1) - hotter).abs() < 4 * firsts.std(1).clamp(min=0.05) / 10).all()
     assert ((exact - hotter).abs() > 0.01).any()
 
 
