@@ -153,7 +153,7 @@ GOOD = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
         ("data.txt", "text", ["data.txt", ".jsonl"]),
         ("data.parquet", "no parquet", ["data.parquet", "parquet"]),
         ("data.jsonl.gz", b"no gzip", ["data.jsonl.gz"]),
-        ("data.jsonl.gz", gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 99)[:40], ["data.jsonl.gz"]),
+        ("data.jsonl.gz", gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 99, mtime=0)[:40], ["data.jsonl.gz"]),
         ("data.pkl", pickle.dumps([GOOD]), ["data.pkl", ".jsonl"]),
     ],
 )

@@ -66,7 +66,7 @@ def test_members_that_agree_are_any_one_of_them():
         ({"members": [share_of_a, FunctionJudge(lambda **_: [])]}, r"ensemble\.members has a judge"),
         ({"members": [share_of_a, Ensemble([share_of_a, share_of_a])]}, r"ensemble\.members has a judge or an ensemble"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),  # objects would be named by their address
 )
 def test_a_setting_out_of_range_is_named(given, words):
     with pytest.raises(InputError, match=words):
