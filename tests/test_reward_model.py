@@ -27,9 +27,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from p3o_lightning import RewardModel
 from p3o_lightning.batches import PairBatch
 from p3o_lightning.encoding import Encoded, collate_pairs
-from p3o_lightning.forwards import eval_mode, is_adapted, sequence_scores, unwrapped
+from p3o_lightning.forwards import eval_mode, is_adapted, unwrapped
 from p3o_lightning.models import load_policy
 from p3o_lightning.objectives import bradley_terry_loss
+from p3o_lightning.scoring import grouped_scores
 from p3o_lightning.tokenizers import load_tokenizer
 
 WORDS = ["good", "bad", *(f"w{i}" for i in range(8))]
@@ -105,7 +106,7 @@ def test_a_separable_preference_is_learnt_and_survives_saving(settings, tmp_path
         logits = plain(batch.tokens.flatten(0, 1), attention_mask=mask.long()).logits.float().view(-1, 2)
         coarse = "dtype" in settings  # transformers computes the head in bfloat16
         assert_close(logits, expected, rtol=2e-2 if coarse else 0, atol=5e-2 if coarse else 2e-5)
-        exact = sequence_scores(plain, batch.tokens.flatten(0, 1), mask).view(-1, 2)
+        exact = grouped_scores(plain, batch.tokens.flatten(0, 1), mask, 2).view(-1, 2)
         assert_close(exact, expected, rtol=0, atol=2e-5)
 
 
