@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import torch
 
 from p3o_lightning.batches import Experience
-from p3o_lightning.callbacks.rollouts import rollout_state
+from p3o_lightning.callbacks.rollouts import just_made, rollout_state
 
 
 class Throughput(L.Callback):
@@ -77,7 +77,7 @@ class Throughput(L.Callback):
         if (peak := peak_memory(pl_module.device)) is not None:
             figures["throughput/peak_memory_mib"] = peak
         for logger in trainer.loggers:  # not self.log: it would average over updates
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=just_made(trainer))
 
 
 def peak_memory(device: torch.device) -> float | None:

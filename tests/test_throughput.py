@@ -58,7 +58,7 @@ def test_the_parts_of_a_rollout_by_a_clock_of_our_own(tmp_path, monkeypatch):
     trainer(tmp_path, callbacks=[Between(), Throughput()], **flags).fit(module, module.wrap_train_dataloader(prompts()))
     rows = [(step, row) for step, row in recorder.rows if "throughput/tokens_per_second" in row]
     lengths = [row["completions/mean_length"] for _, row in recorder.rows if "completions/mean_length" in row]
-    assert [step for step, _ in rows] == [2, 4, 6]  # two updates a rollout
+    assert [step for step, _ in rows] == [1, 3, 5]  # two updates a rollout
     for (_, row), length in zip(rows, lengths, strict=True):
         assert [row[f"throughput/{part}_seconds"] for part in PARTS] == [0, 3, 10, 14]
         assert row["throughput/tokens_per_second"] == pytest.approx(8 * length / 27)
@@ -93,14 +93,14 @@ def test_it_changes_nothing_and_other_stages_have_it_too(tmp_path):
     one, other = policy(), policy()
     rows, _ = run(tmp_path / "one", one, max_steps=4)
     trainer(tmp_path / "other", max_steps=4).fit(other, other.wrap_train_dataloader(prompts()))
-    assert equal(weights(one), weights(other)) and [step for step, _ in rows] == [1, 2, 3, 4]
+    assert equal(weights(one), weights(other)) and [step for step, _ in rows] == [0, 1, 2, 3]
     recorder = Recorder()
     module = SupervisedPolicy(LLAMA, tokenizer=letters())
     flags = {"logger": recorder, "log_every_n_steps": 2, "max_steps": 6}
     data = PreferenceDataModule(path=str(preferences(tmp_path)), batch_size=4)
     trainer(tmp_path / "sft", callbacks=[Throughput()], **flags).fit(module, data)
     rows = [(step, row) for step, row in recorder.rows if "throughput/tokens_per_second" in row]
-    assert [step for step, _ in rows] == [2, 4, 6]
+    assert [step for step, _ in rows] == [1, 3, 5]
     assert "throughput/generation_seconds" not in rows[0][1] and rows[0][1]["throughput/tokens_per_second"] > 0
 
 

@@ -80,11 +80,16 @@ class Rows(ExperimentWriter):
         """The folder is another logger's, and holds its files."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of the step, where it is still being collected."""
+        """Add to the row of the step, where it is still being collected: a rollout, its update and a callback log one after the other."""
         super().log_metrics(metrics_dict, step)
-        if len(self.metrics) > 1 and self.metrics[-2]["step"] == self.metrics[-1]["step"]:
-            self.metrics[-2].update(self.metrics.pop())
+        new = self.metrics.pop()
+        row = next((row for row in reversed(self.metrics) if row["step"] == new["step"]), None)
+        if row is None:
+            self.metrics.append(new)
+        else:
+            row.update(new)
 
     def save(self) -> None:
         """The rows alone: the other logger writes the hyperparameters."""
+        self.metrics.sort(key=lambda row: row["step"])
         super(ExperimentWriter, self).save()
