@@ -86,8 +86,9 @@ def fenced_lines(text: str, language: str) -> str:
 
 def _rows(figures: Mapping[str, Any]) -> Iterable[str]:
     means = sorted(name for name in figures if re.fullmatch(r"rewards/.*/mean", name, re.S))
+    policy = "objective/kl" in figures  # whose own `margin` is that of a rollout, for the progress bar
     for name in [*FIGURES, *means]:
-        if name in figures:
+        if name in figures and not (policy and name == "margin"):
             yield f"| {escaped(name)} | {float(figures[name]):.4g} | {FIGURES.get(name, 'this reward alone, in the last rollout')} |"
 
 

@@ -91,6 +91,7 @@ def test_a_card_says_what_the_run_measured(tmp_path):
     figures = table_of(card)
     for name in ("objective/scores", "objective/kl", "val/scores", "val/kl", "rewards/share_of_a/mean"):
         assert figures[name] == pytest.approx(float(run.callback_metrics[name]), rel=1e-3, abs=1e-9), name
+    assert "margin" not in figures, "of pairs, which this is not"
     assert "3 updates. data: 16 rows, 16 usable, 14 for training, 2 for validation" in card
     assert f"p3o_lightning {__version__}" in card and f"torch {torch.__version__.partition('+')[0]}" in card
     assert '"kl_coef": 0.05' in card
