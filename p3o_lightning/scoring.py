@@ -109,7 +109,7 @@ def packed_logps(
     return logps.new_zeros(completion_mask.shape).masked_scatter(completion_mask, logps)
 
 
-def _places(packing: Packing, completion_mask: Bool[Tensor, "prompt response token"]) -> Int[Tensor, " token"]:
+def _places(packing: Packing, completion_mask: Bool[Tensor, "prompt response token"]) -> Int[Tensor, " sampled"]:
     """Where in the row the token is that each response token was drawn after."""
     first = packing.trunk_ends().view(-1, 1, 1).expand(*completion_mask.shape[:2], 1)
     return torch.cat([first, packing.branch_places()], -1)[completion_mask]
