@@ -392,6 +392,20 @@ def test_statistics_by_hand(tmp_path):
     assert "| B | learned | -0.550" in markdown(plan, points, list(found.values()), [], [])
 
 
+def test_each_variant_can_be_paired_with_the_first_of_its_series(tmp_path):
+    rows = two_variants() + [
+        {**row, "variant": "A2", "learned": row["learned"] + row["kl"]} for row in two_variants()[:3] + two_variants()[6:9]
+    ]
+    variants = {"A": {"series": "a"}, "A2": {"series": "a"}, "B": {"series": "b"}}
+    plan = read_plan(str(plan_file(tmp_path, variants=variants, seeds=[0, 1], baseline="series")))
+    found = {(item.variant, item.quantity): item for item in compute_statistics(plan, Points(rows, plan)) if item.against}
+    assert found["A2", "area_learned"].against == "A" and found["A2", "area_learned"].mean == pytest.approx(1.0)
+    assert ("B", "area_learned") not in found  # the first of its own
+    assert "## Paired with the first of its series" in markdown(
+        plan, Points(rows, plan), compute_statistics(plan, Points(rows, plan)), [], []
+    )
+
+
 def test_a_mixture_wins_as_its_parts_do():
     ours = [row("A", 0, 0, 0.0, 0.0, 0.0), row("A", 0, 4, 2.0, 2.0, 1.0)]
     assert head_to_head(ours, ours, "gold", 0.0) == 0.5

@@ -13,6 +13,7 @@ from p3o_lightning.commands.arguments import check_config
 from p3o_lightning.errors import InputError
 from p3o_lightning.shipped import shipped
 
+SERIES = "series"  # as a baseline: each variant is paired with the first of its series
 Settings = dict[str, Any]  # dotted keys as `p3o fit` takes them -> values
 
 
@@ -92,6 +93,13 @@ class Plan:
     budgets: list[float] = field(default_factory=list)
     x_label: str | None = None
     show: list[str] = field(default_factory=list)  # variants in the figure of frontiers; all if empty
+
+    def baseline_of(self, variant: str) -> str:
+        """What a variant is paired with: the plan's baseline, or with `baseline: series` the first variant of its series."""
+        if self.baseline != SERIES:
+            return self.baseline
+        series = {item.name: item.series for item in self.variants}
+        return next(item.name for item in self.variants if item.series == series[variant])
 
     def tasks(self, out: Path) -> dict[int, TaskJob]:
         """Seed -> what its runs share. The folder is named by what makes it, so that plans share it."""
@@ -173,7 +181,7 @@ def read_plan(given: str) -> Plan:
         value = evaluate.get(name, 1)
         check(type(value) is int and value > 0, f"evaluate.{name}", value, "a whole number above 0")
     baseline, names = content.get("baseline", variants[0].name), [variant.name for variant in variants]
-    check(baseline in names, "baseline", baseline, f"one of the variants: {', '.join(names)}")
+    check(baseline in (*names, SERIES), "baseline", baseline, f"one of the variants ({', '.join(names)}), or {SERIES}")
     show = content.get("show") or []
     check(isinstance(show, list) and set(show) <= set(names), "show", show, f"a list of variants, of {', '.join(names)}")
     kl_range, budgets = content.get("kl_range"), content.get("budgets") or []

@@ -110,15 +110,17 @@ def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
     for quantity, by_variant in values.items():
         for variant, seeds in by_variant.items():
             statistics.append(_alone(variant, quantity, bootstrap_interval(list(seeds.values())), len(seeds)))
-        statistics += _paired(quantity, by_variant, plan.baseline)
+        statistics += _paired(quantity, by_variant, plan)
     best = points.rewards[-1]
     for budget in points.budgets if points.has_each(best) else []:
         for variant in points.by:
-            shared = sorted(set(points.by[variant]) & set(points.by.get(plan.baseline, {})))
-            if variant != plan.baseline and shared:
-                wins = [head_to_head(points.by[variant][seed], points.by[plan.baseline][seed], best, budget) for seed in shared]
+            baseline = plan.baseline_of(variant)
+            ours, theirs = points.by[variant], points.by.get(baseline, {})
+            shared = [seed for seed in ours if seed in theirs]
+            if variant != baseline and shared:
+                wins = [head_to_head(ours[seed], theirs[seed], best, budget) for seed in shared]
                 item = _alone(variant, f"wins_{best}@{budget:g}", bootstrap_interval(wins), len(shared))
-                statistics.append(item._replace(against=plan.baseline))
+                statistics.append(item._replace(against=baseline))
     return statistics
 
 
@@ -126,16 +128,18 @@ def _alone(variant: str, quantity: str, interval: Interval, seeds: int) -> Stati
     return Statistic(variant, quantity, "", *interval, math.nan, math.nan, math.nan, seeds)
 
 
-def _paired(quantity: str, by_variant: dict[str, dict[int, float]], baseline: str) -> list[Statistic]:
+def _paired(quantity: str, by_variant: dict[str, dict[int, float]], plan: Plan) -> list[Statistic]:
     """Differences to the baseline on the seeds that both have; p values adjusted for the number of variants."""
-    found: list[tuple[str, Difference, int]] = []
+    found: list[tuple[str, str, Difference, int]] = []
     for variant, seeds in by_variant.items():
-        shared = [seed for seed in seeds if seed in by_variant.get(baseline, {})]
+        baseline = plan.baseline_of(variant)
+        theirs = by_variant.get(baseline, {})
+        shared = [seed for seed in seeds if seed in theirs]
         if variant != baseline and shared:
-            difference = paired_difference([seeds[seed] for seed in shared], [by_variant[baseline][seed] for seed in shared])
-            found.append((variant, difference, len(shared)))
-    adjusted = holm([difference.p_student for _, difference, _ in found])
+            difference = paired_difference([seeds[seed] for seed in shared], [theirs[seed] for seed in shared])
+            found.append((variant, baseline, difference, len(shared)))
+    adjusted = holm([difference.p_student for *_, difference, _ in found])
     return [
         Statistic(variant, quantity, baseline, *difference[:3], difference.p_student, p, difference.p_sign_flip, seeds)
-        for (variant, difference, seeds), p in zip(found, adjusted, strict=True)
+        for (variant, baseline, difference, seeds), p in zip(found, adjusted, strict=True)
     ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from p3o_lightning.commands.frontier_plan import Cell, Plan
+from p3o_lightning.commands.frontier_plan import SERIES, Cell, Plan
 from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
 from p3o_lightning.commands.frontier_run import PATH, read_lines
 from p3o_lightning.errors import InputError
@@ -77,13 +77,14 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
         ["variant", *(f"{reward}, mean gain" for reward in rewards)],
         [[variant, *(_interval(named[variant, f"area_{reward}", ""]) for reward in rewards)] for variant in points.by],
     )
-    others = [variant for variant in points.by if (variant, "area_learned", plan.baseline) in named]
+    theirs = "the first of its series" if plan.baseline == SERIES else plan.baseline
+    others = [variant for variant in points.by if (variant, "area_learned", plan.baseline_of(variant)) in named]
     if others:
-        lines += [f"## Paired with {plan.baseline}, seed by seed", ""]
+        lines += [f"## Paired with {theirs}, seed by seed", ""]
         body = []
         for variant in others:
             for reward in rewards:
-                item = named[variant, f"area_{reward}", plan.baseline]
+                item = named[variant, f"area_{reward}", plan.baseline_of(variant)]
                 body.append([variant, reward, _interval(item, "+.3f"), _p(item.p_student), _p(item.p_holm), _p(item.p_sign_flip)])
         lines += _table(["variant", "reward", "difference of areas", "p (t)", "p (Holm)", "p (sign flips)"], body)
     lines += ["## At matched KL", ""]
@@ -92,13 +93,13 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
     for budget in points.budgets:
         for variant in points.by:
             names = [f"{name}@{budget:g}" for name in (*rewards, f"win_rate_{rewards[-1]}")]
-            duel = named.get((variant, f"wins_{rewards[-1]}@{budget:g}", plan.baseline))
+            duel = named.get((variant, f"wins_{rewards[-1]}@{budget:g}", plan.baseline_of(variant)))
             body.append(
                 [variant, f"{budget:g}", *(_interval(named[variant, name, ""]) for name in names)]
                 + ["" if duel is None else _interval(duel)]
                 + [f"{named[variant, f'{name}@{budget:g}', ''].mean:.3g}" for name in ("length", "distinct_2")]
             )
-    lines += _table([*head, f"over {plan.baseline}", "length", "distinct-2"], body)
+    lines += _table([*head, f"over {theirs}", "length", "distinct-2"], body)
     if missing:
         lines += ["## Not there", "", "A variant's seed is left out of all figures if one of its runs is missing.", ""]
         lines += [f"- {item.cell.variant}, seed {item.cell.job.seed}, {item.cell.choice}: {item.why}" for item in missing] + [""]
