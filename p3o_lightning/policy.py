@@ -137,7 +137,7 @@ class PairwisePolicy(SamplingPolicy):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_settings(arguments)
-        arguments["clip_range"] = clip_range = clip_range_of(arguments)  # so that a checkpoint says which
+        clip_range = clip_range_of(arguments)
         super().__init__(
             model,
             load_policy,

@@ -327,7 +327,8 @@ def test_settings_reach_their_function():
     module = policy(objective="dr_grpo", clip_range=0.1, objective_settings={"clip_range_high": 0.3})
     assert module.objective_settings == {"clip_range": 0.1, "clip_range_high": 0.3, "divisor": 5}  # TRL's: max_completion_length
     assert policy(objective="gspo").objective_settings == {"clip_range": 3e-4}  # its own
-    assert [policy(objective=name).hparams["clip_range"] for name in ("p3o", "ppo", "gspo", "rebel")] == [0.2, 0.2, 3e-4, None]
+    assert [policy(objective=name).clip_range for name in ("p3o", "ppo", "gspo", "rebel")] == [0.2, 0.2, 3e-4, None]
+    assert policy().hparams["clip_range"] is None  # as given: a resumed config is compared with it
     batch = policy(objective="rebel").rollout_step(collate(PROMPTS[:4]))
     moved = batch.old_token_logps + 0.1 * torch.arange(2).view(1, 2, 1)
     losses = [float(policy(objective="rebel", objective_settings={"eta": eta}).loss(moved, batch).loss) for eta in (1, 2)]
