@@ -50,10 +50,11 @@ def write(file: Path, result: dict[str, Any]) -> None:
 
 
 def circumstances(commit: str) -> dict[str, Any]:
-    """Commit, machine, command and date."""
+    """Commit, machine, command and date; how many processes wanted a core when the case was over."""
     return {
         "commit": commit,
         "machine": machine(),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
     }

@@ -46,7 +46,7 @@ def in_order(results: Results) -> dict[str, dict[str, Any]]:
 
 def comparison(results: Results) -> list[str]:
     """Seconds of an iteration, ratios, tokens a second, peak memory."""
-    head = ["case", *SIDES.values(), "ratio, as it comes", "ratio, tuned", "tokens/s", "peak MiB", "rounds", "commit"]
+    head = ["case", *SIDES.values(), "ratio, as it comes", "ratio, tuned", "tokens", "tokens/s", "peak MiB", "rounds", "commit"]
     rows = [head]
     for name, result in in_order(results).items():
         summaries = [result["sides"][side]["summary"] for side in SIDES]
@@ -55,6 +55,7 @@ def comparison(results: Results) -> list[str]:
                 f"{name} (wall)" if result["threads"] > 1 else name,
                 *map(spread, summaries),
                 *(f"**{result['ratios'][side]:.2f}**" for side in ("default", "tuned")),
+                " / ".join(f"{result['work']['tokens'][side]:.0f}" for side in SIDES),
                 " / ".join(f"{summary['tokens_per_second']:.0f}" for summary in summaries),
                 " / ".join(f"{summary['peak_mib']:.0f}" for summary in summaries),
                 str(result["rounds"]),
@@ -225,6 +226,20 @@ def picture(name: str) -> list[str]:
 # ---- the README
 
 
+def share_of_a_core(result: dict[str, Any]) -> float:
+    """CPU by wall over all rounds: 1 on a machine that did nothing else."""
+    rounds = [row for side in result["sides"].values() for row in side["rounds"]]
+    return sum(row["cpu"] for row in rounds) / sum(row["wall"] for row in rounds)
+
+
+def quiet(results: Results) -> list[str]:
+    """How busy the machine was with other work, which takes cache and memory bandwidth from whoever is measured."""
+    shares = [share_of_a_core(result) for result in in_order(results).values() if result["threads"] == 1]
+    if not shares:
+        return []
+    return [f"* While these were measured a side that computed had {min(shares):.0%} to {max(shares):.0%} of its core."]
+
+
 def machines(results: Results) -> list[str]:
     """On what, and with which versions, these figures were measured."""
     told = set()
@@ -244,7 +259,7 @@ def machines(results: Results) -> list[str]:
 def sections(results: Results) -> dict[str, list[str]]:
     """Marker -> what stands there."""
     return {
-        "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *picture("ratios")],
+        "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *quiet(results), *picture("ratios")],
         "phases": phases(results),
         "against us": against_us(results),
         "growth": [*growth(results), *picture("growth")],

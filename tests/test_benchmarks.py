@@ -322,24 +322,40 @@ def result(name: str, ours: float, default: float, tuned: float, ours_mib: float
         settings = {"micro_batch_size": 4} if seconds == ours else {"per_device_train_batch_size": 8}
         summary = {"median": seconds, "min": seconds - 1, "max": seconds + 1, "tokens_per_second": 100 / seconds, "peak_mib": mib}
         phases = {"generation": seconds / 2, "scoring": seconds / 4, "update": seconds / 8, "other": seconds / 16, "logging": seconds / 16}
-        return {"about": {"settings": settings, "versions": {"torch": "9"}}, "summary": {**summary, "phases": phases}}
+        about = {"settings": settings, "versions": {"torch": "9"}}
+        return {"about": about, "summary": {**summary, "phases": phases}, "rounds": [{"cpu": seconds, "wall": 2 * seconds}]}
 
     measured = {"ours": side(ours, ours_mib), "default": side(default, 9.0), "tuned": side(tuned, tuned_mib)}
     machine = {"processor": "abacus", "instructions": [], "cores": 1, "memory_gib": 1}
-    told = {"name": name, "commit": "c0ffee", "rounds": 5, "threads": 1, "machine": machine, "case": CASES[name].to_json()}
+    told = {
+        "work": {"tokens": {"ours": 7, "default": 8, "tuned": 9}},
+        "name": name,
+        "commit": "c0ffee",
+        "rounds": 5,
+        "threads": 1,
+        "machine": machine,
+        "case": CASES[name].to_json(),
+    }
     return {**told, "sides": measured, "ratios": {"default": default / ours, "tuned": tuned / ours}}
 
 
 def test_the_table_says_what_the_files_say():
     results = {name: result(name, 4.0, 10.0, 6.0) for name in ("reward-15m-fixed-float32", "15m-fixed-float32")}
     text = "\n".join(table.comparison(results))
-    row = "| 15m-fixed-float32 | 4.00 (3.00–5.00) | 10.00 (9.00–11.00) | 6.00 (5.00–7.00) | **2.50** | **1.50** | 25 / 10 / 17 |"
+    row = (
+        "| 15m-fixed-float32 | 4.00 (3.00–5.00) | 10.00 (9.00–11.00) | 6.00 (5.00–7.00) | **2.50** | **1.50** | 7 / 8 / 9 | 25 / 10 / 17 |"
+    )
     assert row in text and text.index(row) < text.index("reward-15m")  # in the order of the cases
     (line,) = [line for line in table.phases(results) if "p3o_lightning" in line]  # a policy's alone
     assert line == "| 15m-fixed-float32 | p3o_lightning | 2.00 | 1.00 | 0.50 | 0.50 | 8 rows |"
     (left,) = table.missing(results)
     assert "`15m-uneven-bf16`" in left and "`15m-fixed-float32`" not in left
     assert table.missing({name: {} for name in CASES}) == ["Every case of the table is measured."]
+
+
+def test_how_busy_the_machine_was_is_told():
+    (line,) = table.quiet({"a": result("15m-fixed-float32", 4.0, 10.0, 6.0)})
+    assert "had 50% to 50% of its core" in line and table.quiet({}) == []
 
 
 def test_what_is_against_us_is_told():
