@@ -86,12 +86,12 @@ bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal
 STUDY := methods invariance epochs responses kl_source clipping
 PLANS := $(STUDY:%=benchmarks/study/%.yaml)
 
-study: setup  ## the whole study of docs/study.md, about half an hour of one core: figures, CSVs, tables
+study: setup  ## the whole study of docs/study.md, about an hour of one core: figures, CSVs, tables
 	$(BIN)/p3o frontier benchmarks/study/tuning.yaml $(PLANS) --out runs/study
 	for plan in tuning $(STUDY); do mkdir -p benchmarks/results/study/$$plan; \
 	  cp runs/study/$$plan/{rows,statistics}.csv benchmarks/results/study/$$plan/; done
-	for plan in $(STUDY); do for figure in frontier areas; do \
-	  test ! -f runs/study/$$plan/$$figure.png || cp runs/study/$$plan/$$figure.png docs/figures/$$plan-$$figure.png; done; done
+	cp runs/study/methods/frontier.png docs/figures/frontier.png
+	for plan in $(filter-out methods,$(STUDY)); do cp runs/study/$$plan/areas.png docs/figures/$$plan-areas.png; done
 	$(BIN)/python benchmarks/study_tables.py
 
 study-quick: setup  ## a small version of every figure of the study, two seeds, some minutes: runs/study-quick
