@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: Any) -> bool:
     """Whether the model carries PEFT adapters."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 

@@ -65,7 +65,7 @@ class Packing:
         places = self.branch_mask.flatten().long().cumsum(0) + (self.trunk_tokens - 1)
         return places.view(self.branch_mask.shape)
 
-    def texts(self, row: Int[Tensor, "1 token"]) -> list[Int[Tensor, " token"]]:
+    def texts(self, row: Int[Tensor, "1 token"]) -> list[Tensor]:
         """What the row stands for: every branch behind its trunk."""
         trunks = row[0, : self.trunk_tokens].split(self.trunk_lengths.tolist())
         branches = row[0, self.trunk_tokens :].split(self.branch_mask.sum(-1).flatten().tolist())

@@ -85,7 +85,7 @@ def test_the_sizes_of_a_llama_are_those_of_its_shape(shape, options):
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "rank": 4}])
 def test_weights_gradients_and_optimizer_are_exact_after_an_update(options):
     model, work = build("small", **options), WORKS["small"]
-    stage = type("Bare", (), {"model": model, "lr": 1e-3, "optimizer": None, "lr_scheduler": None})()
+    stage = type("Bare", (), {"model": model, "lr": 1e-3, "optimizer": None, "lr_scheduler": None, "parameters": model.parameters})()
     optimizer = Stage.configure_optimizers(stage)
     completion_logps(model, *batch(work, 509, 3)).sum().backward()
     optimizer.step()
