@@ -220,7 +220,7 @@ def _gives_the_same(model: nn.Module) -> bool:
     )
     prompt_mask, mask = torch.ones_like(prompts, dtype=torch.bool), torch.ones_like(responses, dtype=torch.bool)
     mask[0, 0, 2:] = False
-    with eval_mode(model):
+    with eval_mode(model), torch.autocast(parameter.device.type, enabled=False):  # in the weights' own precision, which tells most
         try:
             if hasattr(unwrapped(model), "score"):
                 texts, other = (torch.cat([given.repeat_interleave(2, 0), responses.flatten(0, 1)], 1) for given in (prompts, others))

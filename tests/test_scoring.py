@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from p3o_lightning import head, scoring
 from p3o_lightning.forwards import completion_logps, eval_mode, sequence_scores, turn_dropout_off
@@ -287,3 +287,14 @@ def test_a_row_given_to_a_model_that_was_not_tried_out_fails():
     """Rather than letting responses see each other."""
     with pytest.raises(RuntimeError):
         packed_logps(causal("llama"), *batch())
+
+
+def test_autocast_does_not_hide_that_a_model_allows_it():
+    """The try-out is made in the weights' own precision. A state that all texts share makes bfloat16 round by as much as a prompt does."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 1024}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 1.0  # fifty times the others
+    with torch.autocast("cpu", torch.bfloat16):
+        assert allows(model)
