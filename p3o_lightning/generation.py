@@ -1,4 +1,4 @@
-"""Sampling K responses for each prompt: one prefill a prompt, inverse-CDF draws, finished rows dropped from the batch.
+"""Sampling K responses for each prompt: one prefill a prompt, inverse-CDF draws, finished rows dropped from the batch, some at a time.
 
 Every token is a function of (weights, prompt, its own uniform draw), so which rows share a batch, and when others finish,
 changes nothing (but for the last bit of a logit, which kernels round by batch shape); and a seed fixes the whole rollout.
@@ -20,6 +20,8 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
 from p3o_lightning.kv_cache import roomy_cache
+
+ROWS = 8  # finished rows leave the batch so many at a time
 
 
 @dataclass(frozen=True)
@@ -111,18 +113,21 @@ def sample_with_logps(
     context = prompt_tokens.repeat_interleave(count, 0)  # read again at every step where there is no cache
     if cache is not None:
         cache.batch_repeat_interleave(count)
-    alive = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
+    held = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
+    going = torch.ones(rows, dtype=torch.bool, device=device)  # and which of them have not ended
 
     for step in range(sampling.max_completion_length):
-        drawn, logps[alive, step] = draw_with_logps(logits, uniforms[alive, step], sampling, refuse_nonfinite)
-        tokens[alive, step] = drawn
-        going = drawn != eos_token_id
-        lengths[alive[~going]] = step + 1
-        if step + 1 == sampling.max_completion_length or not going.any():
+        drawn, drawn_logps = draw_with_logps(logits, uniforms[held, step], sampling, refuse_nonfinite)
+        tokens[held[going], step], logps[held[going], step] = drawn[going], drawn_logps[going]
+        ended = going & (drawn == eos_token_id)
+        lengths[held[ended]] = step + 1
+        going = going & ~ended
+        left = int(going.sum())
+        if step + 1 == sampling.max_completion_length or not left:
             break
-        if not going.all():
-            kept = going.nonzero().squeeze(1)
-            alive, drawn, mask, context = alive[kept], drawn[kept], mask[kept], context[kept]
+        if left <= len(held) - ROWS:  # not one by one: each time the cache is copied, and a CPU's kernels are made for a size
+            kept = _kept(going, -(-left // ROWS) * ROWS)
+            held, going, drawn, mask, context = held[kept], going[kept], drawn[kept], mask[kept], context[kept]
             if cache is not None:
                 cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -136,6 +141,12 @@ def sample_with_logps(
     tokens = tokens[:, :longest]
     token_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     return tuple(values.view(prompts, count, longest) for values in (tokens, token_mask, logps[:, :longest]))  # type: ignore[return-value]
+
+
+def _kept(going: Bool[Tensor, " row"], count: int) -> Int[Tensor, " kept"]:
+    """So many rows, ascending: all that go on, and of those that have ended the first."""
+    spare = (~going).cumsum(0) <= count - going.sum()
+    return (going | spare).nonzero().squeeze(1)
 
 
 def draw(logits: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:

@@ -56,8 +56,11 @@ def head_logps(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    count, missing = len(tokens), -len(tokens) % (CHUNK if hidden.dtype.itemsize < 4 else 1)
+    if missing:  # as in packing.py: kernels for few different shapes
+        hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(tokens, (0, missing))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLogps.apply(hidden, weight, bias, tokens, temperature)
+        return _HeadLogps.apply(hidden, weight, bias, tokens, temperature)[:count]
 
 
 class _HeadLogps(torch.autograd.Function):

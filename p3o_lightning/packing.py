@@ -29,13 +29,19 @@ class Packing:
     Args:
         trunk_mask: real tokens of the trunks, padded on either side.
         branch_mask: real tokens of the branches, padded on the right.
+        multiple: the row is filled up to a multiple of so many tokens, with some that nothing reads. In half precision a CPU makes a
+            kernel anew for every length that it has not met, which takes longer than running it.
     """
 
-    def __init__(self, trunk_mask: Bool[Tensor, "group trunk_token"], branch_mask: Bool[Tensor, "group branch token"]) -> None:
+    def __init__(
+        self, trunk_mask: Bool[Tensor, "group trunk_token"], branch_mask: Bool[Tensor, "group branch token"], multiple: int = 1
+    ) -> None:
         self.trunk_mask, self.branch_mask = trunk_mask, branch_mask
         self.groups, self.branches = branch_mask.shape[:2]
         self.trunk_lengths = trunk_mask.sum(-1)
         self.trunk_tokens = int(self.trunk_lengths.sum())
+        self.branch_tokens = int(branch_mask.sum())
+        self.filling = -(self.trunk_tokens + self.branch_tokens) % multiple
         self.trunk_width, self.branch_width = (
             int(lengths.max()) if lengths.numel() else 0 for lengths in (self.trunk_lengths, branch_mask.sum(-1))
         )
@@ -48,13 +54,16 @@ class Packing:
 
     def tokens(self, trunk_tokens: Int[Tensor, "group trunk_token"], branch_tokens: Int[Tensor, "group branch token"]) -> Tensor:
         """The row, (1, token)."""
-        return torch.cat([trunk_tokens[self.trunk_mask], branch_tokens[self.branch_mask]]).unsqueeze(0)
+        return self._filled(torch.cat([trunk_tokens[self.trunk_mask], branch_tokens[self.branch_mask]])).unsqueeze(0)
 
     def positions(self) -> Tensor:
         """Of the row's tokens, (1, token): every branch goes on where its trunk ends."""
         behind = self.trunk_lengths.view(-1, 1, 1) + torch.arange(self.branch_mask.shape[-1], device=self.branch_mask.device)
         behind = behind.expand(self.branch_mask.shape)
-        return torch.cat([positions_of(self.trunk_mask)[self.trunk_mask], behind[self.branch_mask]]).unsqueeze(0)
+        return self._filled(torch.cat([positions_of(self.trunk_mask)[self.trunk_mask], behind[self.branch_mask]])).unsqueeze(0)
+
+    def _filled(self, row: Tensor) -> Tensor:
+        return torch.cat([row, row.new_zeros(self.filling, *row.shape[1:])]) if self.filling else row
 
     def trunk_ends(self) -> Int[Tensor, " group"]:
         """Where in the row each trunk's last token is."""
@@ -68,7 +77,7 @@ class Packing:
     def texts(self, row: Int[Tensor, "1 token"]) -> list[Tensor]:
         """What the row stands for: every branch behind its trunk."""
         trunks = row[0, : self.trunk_tokens].split(self.trunk_lengths.tolist())
-        branches = row[0, self.trunk_tokens :].split(self.branch_mask.sum(-1).flatten().tolist())
+        branches = row[0, self.trunk_tokens : self.trunk_tokens + self.branch_tokens].split(self.branch_mask.sum(-1).flatten().tolist())
         return [torch.cat([trunks[index // self.branches], branch]) for index, branch in enumerate(branches)]
 
     def options(self) -> dict[str, Any]:
@@ -86,10 +95,8 @@ class Packing:
         elif key.shape[1] != query.shape[1]:  # elsewhere, a mask and grouped heads leave the fast kernels
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
         options: Any = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-        of_trunks, of_branches = zip(
-            *(states[0].transpose(0, 1).split([self.trunk_tokens, states.shape[2] - self.trunk_tokens]) for states in (query, key, value)),
-            strict=True,
-        )
+        sizes = [self.trunk_tokens, self.branch_tokens, self.filling]
+        of_trunks, of_branches, _ = zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True)
         parts = []
         with torch.autocast("cpu", enabled=False):
             q, k, v = (_spread(row, self._trunk_slots, self.groups, self.trunk_width) for row in of_trunks)
@@ -102,7 +109,7 @@ class Packing:
                 k, v = (torch.cat([self._repeated(trunk), own], 2) for trunk, own in ((k, own_k), (v, own_v)))
                 seen = nn.functional.scaled_dot_product_attention(q, k, v, self._mask(q.dtype), **options)
                 parts.append(_gathered(seen, self._branch_slots))
-        return torch.cat(parts).unsqueeze(0).to(given)
+        return self._filled(torch.cat(parts)).unsqueeze(0).to(given)
 
     def _repeated(self, trunk: Tensor) -> Tensor:
         """Once for every branch."""
@@ -131,6 +138,14 @@ def _gathered(spread: Tensor, slots: Tensor | None) -> Tensor:
     """The way back."""
     row = spread.transpose(1, 2).flatten(0, 1)
     return row if slots is None else row.index_select(0, slots)
+
+
+def multiple_for(model: nn.Module) -> int:
+    """What a row's tokens are best a multiple of: in half precision, of what the units for it multiply at a time."""
+    parameter = next(unwrapped(model).parameters())
+    kind = parameter.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    return 64 if dtype.itemsize < 4 else 1
 
 
 def packed_attention(

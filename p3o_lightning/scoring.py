@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from p3o_lightning.forwards import accepts, completion_logps, eval_mode, pooled, precise, sequence_scores, unwrapped
 from p3o_lightning.head import head_logps, left_out, plain_head
-from p3o_lightning.packing import NAME, Packing, attention, set_attention
+from p3o_lightning.packing import NAME, Packing, attention, multiple_for, set_attention
 
 
 def grouped_completion_logps(
@@ -97,7 +97,7 @@ def packed_logps(
     temperature: float = 1.0,
 ) -> Float[Tensor, "prompt response token"]:
     """As `completion_logps`, all prompts and responses in one row. A response's last token is not read: nothing is drawn after it."""
-    packing = Packing(prompt_mask, completion_mask[..., 1:])
+    packing = Packing(prompt_mask, completion_mask[..., 1:], multiple_for(model))
     logps = _row_logps(
         model,
         packing.tokens(prompt_tokens, completion_tokens[..., :-1]),
@@ -154,7 +154,7 @@ def packed_scores(model: nn.Module, tokens: Tensor, attention_mask: Tensor, grou
         common = torch.minimum(alike.long().cumprod(-1).sum(-1), lengths.amin(-1) - 1).clamp(min=0)
     trunk = torch.arange(int(common.max()), device=tokens.device)
     ahead = common.view(-1, 1, 1) + torch.arange(int((lengths - common.unsqueeze(-1)).max()), device=tokens.device)
-    packing = Packing(trunk < common.unsqueeze(-1), ahead < lengths.unsqueeze(-1))
+    packing = Packing(trunk < common.unsqueeze(-1), ahead < lengths.unsqueeze(-1), multiple_for(model))
     branches = texts.gather(-1, ahead.expand(packing.branch_mask.shape).clamp(max=tokens.shape[1] - 1))
     row = packing.tokens(texts[:, 0, : len(trunk)], branches)
     own = (lengths - common.unsqueeze(-1)).flatten().cumsum(0) + (packing.trunk_tokens - 1)

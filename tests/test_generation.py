@@ -70,7 +70,8 @@ def plain_loop(model, rows, sampling, seed):
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_sampling_is_a_plain_loop_over_the_model(family):
+def test_sampling_is_a_plain_loop_over_the_model(family, monkeypatch):
+    monkeypatch.setattr(generation, "ROWS", 2)  # of nine
     model, sampling = causal(family), Sampling(3, STEPS, temperature=1.3)
     rows, tokens, mask = sampled(model, sampling)
     expected = plain_loop(model, rows, sampling, 5)
@@ -82,6 +83,20 @@ def test_sampling_is_a_plain_loop_over_the_model(family):
 def test_the_families_end_at_different_steps():
     lengths = [sampled(causal(family), Sampling(3, STEPS, 1.3))[2].sum(-1).flatten().tolist() for family in ("llama", "gpt2", "mistral")]
     assert all(len(set(row)) > 2 and min(row) < STEPS for row in lengths), "else the test above would not see rows leave the batch"
+
+
+def test_finished_rows_leave_so_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(generation, "ROWS", 4)
+    model, held = causal("llama"), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: held.append(len(kwargs["input_ids"])), with_kwargs=True)
+    _, _, mask = sampled(model, Sampling(8, STEPS, 1.3))
+    going = mask.flatten(0, 1).sum(0).tolist()  # at every step, EOS included
+    expected, now = [], 24
+    for step in range(1, mask.shape[-1]):
+        if going[step] <= now - 4:
+            now = -(-going[step] // 4) * 4
+        expected.append(now)
+    assert held == [3, *expected] and len(set(expected)) > 2
 
 
 def test_the_padding_id_is_of_no_account():

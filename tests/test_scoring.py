@@ -10,7 +10,7 @@ from p3o_lightning import head, scoring
 from p3o_lightning.forwards import completion_logps, eval_mode, sequence_scores, turn_dropout_off
 from p3o_lightning.head import head_logps, plain_head
 from p3o_lightning.models import attach_adapter
-from p3o_lightning.packing import NAME, Packing
+from p3o_lightning.packing import NAME, Packing, multiple_for
 from p3o_lightning.scoring import allows, fits, grouped_completion_logps, grouped_scores, leaves_out_its_head, packed_logps, packed_scores
 from tests.families import VOCABULARY, causal, config, left_padded
 from tests.tiny import policy, prompts, trainer
@@ -137,6 +137,30 @@ def test_a_policy_reads_its_prompts_once(tmp_path):
     assert rows[-1][1] <= 4 * 4 + 8 * 4  # four prompts of at most 4 tokens, eight responses of at most 5, whose last is not read
 
 
+@pytest.mark.parametrize("given", [batch(), batch(2, length=1), even()])
+def test_a_row_that_is_filled_up_gives_the_same(given, monkeypatch):
+    monkeypatch.setattr(scoring, "multiple_for", lambda _: 16)
+    model, read = causal("llama").double(), []
+    assert allows(model)
+    plain = gradients(completion_logps, model, given)
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))
+    torch.testing.assert_close(packed_logps(model, *given, 0.7), completion_logps(model, *given, 0.7), rtol=0, atol=1e-10)
+    assert read[0] % 16 == 0
+    filled = gradients(packed_logps, model, given)
+    assert (filled - plain).norm() <= 1e-6 * plain.norm()
+    reward = classifier("llama").double()
+    texts, mask = torch.arange(3, 15).view(2, 6), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    assert allows(reward)
+    torch.testing.assert_close(packed_scores(reward, texts, mask, 2), sequence_scores(reward, texts, mask), rtol=0, atol=1e-10)
+
+
+def test_rows_are_filled_up_in_half_precision_only():
+    model = causal("llama")
+    assert multiple_for(model) == 1 and multiple_for(causal("llama").bfloat16()) == 64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multiple_for(model) == 64
+
+
 # ---- scores
 
 
@@ -198,6 +222,18 @@ def test_in_half_precision_they_are_those_of_the_models_own_logits(dtype):
     torch.testing.assert_close(packed, plain, rtol=0, atol=0.3)  # logits of some 10, to three digits
     packed.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_in_half_precision_the_gradients_are_those_of_float32_but_for_rounding():
+    torch.manual_seed(0)
+    layer, hidden, tokens = torch.nn.Linear(16, 40), torch.randn(10, 16), torch.randint(40, (10,))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        given, layer.weight.grad = hidden.detach().to(dtype).clone().requires_grad_(), None
+        (head_logps(given, layer, tokens) * torch.linspace(-1, 1, 10)).sum().backward()
+        found.append(torch.cat([given.grad.float().flatten(), layer.weight.grad.float().flatten()]))
+    assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
 
 
 def test_a_head_whose_output_is_scaled_or_watched_is_not_left_out():
