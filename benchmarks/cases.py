@@ -40,6 +40,7 @@ class Case:
         prompt_tokens: of every prompt.
         new_tokens: the limit of a response, or the longest reply of a pair, EOS included.
         updates: of a reward model, in one iteration: a pass over its data.
+        lr: learning rate on both sides; so small that lengths stay what they are, while the work of an update is the same.
         logger: ours writes to TensorBoard at every update.
         resident: all sides stay in memory, and take turns iteration by iteration; else by twos, each started anew.
         micro_batches: rows (pairs) a forward that TRL tuned chooses from.
@@ -56,6 +57,7 @@ class Case:
     prompt_tokens: int = 32
     new_tokens: int = 64
     updates: int = 1
+    lr: float = 1e-9
     logger: bool = False
     resident: bool = True
     micro_batches: tuple[int, ...] = (8, 32)

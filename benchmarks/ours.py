@@ -78,13 +78,13 @@ def main(folder: str, described: str) -> None:
             max_completion_length=case.new_tokens,
             kl_coef=0.05,
             peft_config=lora,
-            lr=1e-6,
+            lr=case.lr,
         )
         data = PreferenceDataModule(f"{folder}/prompts.jsonl", batch_size=case.prompts, val_fraction=0)
         accumulate = case.prompts // micro_batch
         batches, settings["micro_batch_size"] = accumulate * case.epochs, micro_batch
     else:
-        module = RewardModel(f"{folder}/reward", peft_config=lora, lr=1e-6)
+        module = RewardModel(f"{folder}/reward", peft_config=lora, lr=case.lr)
         data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=case.prompts, val_fraction=0)
         accumulate, batches = 1, case.updates
     gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings)

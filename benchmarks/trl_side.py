@@ -90,6 +90,7 @@ def main(folder: str, described: str, micro_batch: str) -> None:
             args=RLOOConfig(
                 **common,
                 **settings,
+                learning_rate=case.lr,
                 num_generations=case.responses,
                 num_iterations=case.epochs,
                 max_completion_length=case.new_tokens,
@@ -104,7 +105,7 @@ def main(folder: str, described: str, micro_batch: str) -> None:
     else:
         trainer = RewardTrainer(
             model=f"{folder}/reward",
-            args=RewardConfig(**common, **settings, learning_rate=1e-6, disable_tqdm=True),
+            args=RewardConfig(**common, **settings, learning_rate=case.lr, disable_tqdm=True),
             train_dataset=load_dataset("json", data_files=f"{folder}/pairs.jsonl", split="train", cache_dir=f"{folder}/cache"),
             processing_class=tokenizer,
             callbacks=callbacks,

@@ -70,12 +70,16 @@ def _set_lengths(policy: Any, case: Case) -> None:
     if case.lengths == "fixed":
         head[EOS, 0] = level - 4.0
         return
-    texts = torch.randint(len(SPECIAL), len(head), (64, case.prompt_tokens))
-    states = policy.model(input_ids=texts).last_hidden_state[:, case.prompt_tokens // 2 :].flatten(0, 1)
+    head[EOS, 1:] = 0.0
+    texts = torch.randint(len(SPECIAL), len(head), (16, case.prompt_tokens + case.new_tokens))
+    states = policy.model(input_ids=texts).last_hidden_state[:, case.prompt_tokens :].flatten(0, 1)
     logits = policy.lm_head(states)
     others = torch.cat([logits[:, :EOS], logits[:, EOS + 1 :]], -1).logsumexp(-1)
-    wanted = others.mean() - math.log(MEAN_LENGTH - 1)  # chance 1 / MEAN_LENGTH
-    head[EOS, 0] += (wanted - logits[:, EOS].mean()) / states[:, 0].mean()
+    for _ in range(20):  # Newton's steps in log-odds, on the mean chance over texts
+        chance = (logits[:, EOS] - others).sigmoid().mean()
+        step = (math.log(1 / (MEAN_LENGTH - 1)) - chance.logit()) / states[:, 0].mean()
+        head[EOS, 0] += step
+        logits[:, EOS] += step * states[:, 0]
 
 
 def _write_pairs(file: Path, case: Case, draw: random.Random) -> None:
