@@ -333,13 +333,16 @@ def test_csv_has_the_scalars(p3o):
         assert [(int(row["step"]), pytest.approx(float(row[tag]), rel=1e-6)) for row in rows if tag in row] == shown[tag], tag
 
 
-def test_a_half_written_row_of_a_killed_run_is_dropped(p3o):
+def test_rows_after_the_checkpoint_of_a_killed_run_are_dropped_and_so_is_half_a_row(p3o):
     given = ["fit", "--config", DEBUG["sft"], "--trainer.default_root_dir", "run", "--trainer.log_every_n_steps", "1"]
     assert p3o(*given, "--trainer.max_steps", "3").code == 0
     path = p3o.folder / "run/logs/version_0/metrics.csv"
-    path.write_text(path.read_text() + "1,2.")
+    header, *rows = path.read_text().splitlines()
+    later = dict(zip(header.split(","), rows[-1].split(","), strict=True), step="3", loss="99")
+    path.write_text("\n".join([header, *rows, ",".join(later.values()), "1,2."]))
     assert p3o(*given, "--trainer.max_steps", "5", "--ckpt_path", "last").code == 0
     assert [row["step"] for row in rows_of(path)] == ["0", "1", "2", "3", "4"]
+    assert all(float(row["loss"]) < 99 for row in rows_of(path))
 
 
 def test_a_fit_has_the_observers_and_takes_its_own_instead(p3o):

@@ -156,6 +156,12 @@ def test_validation_and_test_count_every_pair_once(tmp_path):
         trainer(tmp_path).validate(module, data(tmp_path, batch_size=size), verbose=False)[0] for size in (6, 4)
     )  # 6 pairs: one batch, or 4 and 2
     assert whole == pytest.approx(parts, rel=1e-5) and whole["val/rewards/margins"] != 0
+    with torch.no_grad():
+        module.model.lm_head.weight += 0.1 * torch.randn_like(module.model.lm_head.weight)
+    held_out = data(tmp_path, batch_size=6, tokenizer=letters(), view="pairs")
+    (again,) = trainer(tmp_path).validate(module, held_out, verbose=False)
+    (batch,) = held_out.val_dataloader()
+    assert again["val/rewards/margins"] == pytest.approx(float(module.loss(batch).margin), rel=1e-5)  # nothing is left of the first time
     (tested,) = trainer(tmp_path).test(module, data(tmp_path), verbose=False)
     assert {name.replace("val/", "test/") for name in whole} == tested.keys()
 
