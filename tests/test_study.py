@@ -69,7 +69,7 @@ def test_the_statistics_are_those_of_the_evaluations(folder, monkeypatch):
     assert {key for key in found.keys() - again.keys() if not key[1].startswith("wins_")} == set()  # those need every response's score
     for key, item in again.items():
         for name in ("mean", "low", "high", "p_student", "p_holm", "p_sign_flip", "seeds"):
-            assert getattr(item, name) == pytest.approx(found[key].get(name, math.nan), abs=2e-4, nan_ok=True), (key, name)
+            assert getattr(item, name) == pytest.approx(found[key].get(name, math.nan), rel=1e-5, abs=1e-9, nan_ok=True), (key, name)
 
 
 def cells() -> list[tuple[str, str, str, str]]:

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from p3o_lightning.commands.frontier_plan import SERIES, Cell, Plan
 from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
@@ -42,7 +42,12 @@ def run_rows(cell: Cell) -> list[Row]:
     for line in lines[:1]:
         if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
             line["kl"] = 0.0
-    return [place | line for line in lines]
+    return [place | {name: _rounded(value) for name, value in line.items()} for line in lines]
+
+
+def _rounded(value: Any) -> Any:
+    """As rows.csv has it, so that the statistics can be had from that file to the last digit."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
