@@ -156,7 +156,7 @@ class PairwisePolicy(SamplingPolicy):
         self.sampling = Sampling(num_generations, max_completion_length, temperature, top_p, top_k)
         self.vllm = VLLMSampler(VLLMServer(vllm_server, vllm_timeout), vllm_weights) if generation == "vllm" else None
         self.num_iterations, self.micro_batch_size, self.seed = num_iterations, micro_batch_size, seed
-        self.objective, self.objective_settings = objective, settings_of_relative(arguments)
+        self.objective, self.objective_settings = objective, settings_of_relative({**arguments, "clip_range": clip_range})
         self.critic = Critic(self.model) if objective == "ppo" else None
         self.loss_settings: dict[str, Any] = {"weight_cap": weight_cap, "kl_source": kl_source, "gap_scale": gap_scale}
         self.loss_settings |= {"sampler_correction": sampler_correction, "sampler_cap": sampler_cap}

@@ -193,7 +193,7 @@ def test_flags_win_over_the_checkpoint(p3o):
     assert run.model.state.kl_coef == 0.5 and run.model.clip_range == 0.1 and run.model.seed == 7
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.25
     said = p3o.capsys.readouterr().out.splitlines()[1]
-    assert said == "changed on resume: model.clip_range 0.2 -> 0.1, model.kl_coef 0.001 -> 0.5, model.seed 0 -> 7, model.lr 0.003 -> 0.25"
+    assert said == "changed on resume: model.clip_range None -> 0.1, model.kl_coef 0.001 -> 0.5, model.seed 0 -> 7, model.lr 0.003 -> 0.25"
 
 
 def test_a_changed_learning_rate_keeps_its_schedule(p3o):
