@@ -48,7 +48,7 @@ def address(tmp_path_factory) -> str:
             return HOSTILE[next(turn) % len(HOSTILE)]
 
     table = callbacks[1].table
-    callbacks[1].table = lambda _, prompts, experience: table(
+    callbacks[1].table = lambda _, prompts, experience, extra: table(
         Hostile(), prompts._replace(prompts=[HOSTILE[0], *prompts.prompts[1:]]), experience
     )
     run.fit(module, module.wrap_train_dataloader(prompts()), prompts())
@@ -138,12 +138,13 @@ def test_no_markup_of_a_response_becomes_an_element(page, browser):
         "td iframe",
         "td a",
         "td code",
-        "td strong",
         "[href^=javascript]",
         "iframe",
         "[onerror]",
     ):
         assert browser.run(f"{ALL}({json.dumps(selector)}).length") == 0, selector
+    bold = browser.run(f"{ALL}('td strong').map(element => element.textContent)")
+    assert bold and all(text.startswith("reward ") for text in bold)  # the table's own
     assert browser.run("performance.getEntriesByType('resource').filter(entry => entry.name.includes('picture.png')).length") == 0
 
 
