@@ -42,6 +42,7 @@ class Case:
         updates: of a reward model, in one iteration: a pass over its data.
         lr: learning rate on both sides; so small that lengths stay what they are, while the work of an update is the same.
         logger: ours writes to TensorBoard at every update.
+        micro_batch: prompts (with their responses) of one forward and backward of ours.
         resident: all sides stay in memory, and take turns iteration by iteration; else by twos, each started anew.
         micro_batches: rows (pairs) a forward that TRL tuned chooses from.
     """
@@ -59,6 +60,7 @@ class Case:
     updates: int = 1
     lr: float = 1e-9
     logger: bool = False
+    micro_batch: int = 8
     resident: bool = True
     micro_batches: tuple[int, ...] = (8, 32)
 
@@ -75,7 +77,9 @@ class Case:
 def _table() -> dict[str, Case]:
     """Names say what differs from the first case: size, lengths, dtype, then the rest."""
     pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, micro_batches=(4, 8))
-    smollm2 = Case(size="smollm2", micro_batches=(8,), resident=False)  # 32 rows without checkpointing do not fit beside the others
+    smollm2 = Case(
+        size="smollm2", micro_batch=4, micro_batches=(8,), resident=False
+    )  # 32 rows without checkpointing do not fit beside the others
     both = [("float32", "float32"), ("bf16", "bfloat16")]
     cases: dict[str, Case] = {}
     for size, epochs in (("15m", 1), ("1m", 1), ("1m", 4), ("15m", 4)):

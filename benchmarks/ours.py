@@ -13,7 +13,6 @@ from gate import Gate, peak_mib
 
 from p3o_lightning import PairwisePolicy, PreferenceDataModule, RewardModel
 
-MICRO_BATCH = 4  # prompts
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -68,7 +67,7 @@ def main(folder: str, described: str) -> None:
     lora = {"r": case.lora, "lora_alpha": 2 * case.lora} if case.lora else None
     settings: dict[str, Any] = {"precision": PRECISION[case.dtype]}
     if case.kind == "policy":
-        micro_batch = min(MICRO_BATCH, case.prompts)
+        micro_batch = min(case.micro_batch, case.prompts)
         module: Any = PairwisePolicy(
             f"{folder}/policy",
             f"{folder}/reward",

@@ -25,7 +25,7 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if type(module) is nn.Linear and _casts(module, dtype)]
     for layer in layers:
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        layer.forward = partial(_linear, layer.weight.to(dtype), bias)  # type: ignore[method-assign]
+        layer.forward = partial(_linear, layer, kind, layer.weight.to(dtype), bias)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -39,5 +39,7 @@ def _casts(layer: nn.Linear, dtype: torch.dtype) -> bool:
     return "forward" not in vars(layer) and type(weight) is nn.Parameter and weight.dtype == torch.float32 and dtype.itemsize < 4
 
 
-def _linear(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, kind: str, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(kind):  # it was switched off further in, as by the try-out in scoring.py
+        return nn.Linear.forward(layer, hidden)
     return nn.functional.linear(hidden, weight, bias)

@@ -36,6 +36,14 @@ def test_log_probabilities_and_samples_are_the_same_to_the_bit(kind):
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+@torch.no_grad()
+def test_a_model_that_is_first_met_within_it_is_found_to_read_texts_without_padding(kind):
+    model = model_of(kind)
+    with torch.autocast("cpu", torch.bfloat16), cast_once(model):
+        assert allows(model)  # tried out in float32, with autocast off
+
+
 @torch.no_grad()
 def test_a_rewards_head_stays_in_float32():
     model = classifier("llama")
