@@ -43,6 +43,7 @@ class Case:
         lr: learning rate on both sides; so small that lengths stay what they are, while the work of an update is the same.
         logger: ours writes to TensorBoard at every update.
         micro_batch: prompts (with their responses) of one forward and backward of ours.
+        compiled: ours takes a turn with `torch_compile: true` too.
         resident: all sides stay in memory, and take turns iteration by iteration; else by twos, each started anew.
         micro_batches: rows (pairs) a forward that TRL tuned chooses from.
     """
@@ -61,6 +62,7 @@ class Case:
     lr: float = 1e-9
     logger: bool = False
     micro_batch: int = 8
+    compiled: bool = False
     resident: bool = True
     micro_batches: tuple[int, ...] = (8, 32)
 
@@ -76,7 +78,7 @@ class Case:
 
 def _table() -> dict[str, Case]:
     """Names say what differs from the first case: size, lengths, dtype, then the rest."""
-    pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, micro_batches=(4, 8))
+    pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, compiled=True, micro_batches=(4, 8))
     smollm2 = Case(
         size="smollm2", micro_batch=4, micro_batches=(8,), resident=False
     )  # 32 rows without checkpointing do not fit beside the others
@@ -86,7 +88,7 @@ def _table() -> dict[str, Case]:
         for lengths in ("fixed", "uneven"):
             for short, dtype in both:
                 name = f"{size}-{lengths}-{short}" + (f"-{epochs}epochs" if epochs > 1 else "")
-                cases[name] = Case(size=size, lengths=lengths, dtype=dtype, epochs=epochs)  # type: ignore[arg-type]
+                cases[name] = Case(size=size, lengths=lengths, dtype=dtype, epochs=epochs, compiled=(size, epochs) == ("15m", 1))  # type: ignore[arg-type]
         if (size, epochs) == ("15m", 1):
             for lengths in ("fixed", "uneven"):
                 for short, dtype in both:

@@ -1,4 +1,4 @@
-"""p3o_lightning's side: `python ours.py FOLDER CASE`. One iteration is a rollout and its updates, or a pass over a reward model's pairs."""
+"""Our side: `python ours.py FOLDER CASE [compiled]`. An iteration is a rollout and its updates, or a pass over a reward model's pairs."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def rollout(_: Any, prompts: Any, experience: Any) -> dict[str, int]:
     return {"rows": rows, "tokens": experience.completion_mask.sum(), "prompt_tokens": prompts.attention_mask.sum() * responses}
 
 
-def main(folder: str, described: str) -> None:
+def main(folder: str, described: str, compiled: str = "") -> None:
     case, idle_mib = Case(**json.loads(described)), peak_mib()
     torch.manual_seed(0)
     lora = {"r": case.lora, "lora_alpha": 2 * case.lora} if case.lora else None
-    settings: dict[str, Any] = {"precision": PRECISION[case.dtype]}
+    settings: dict[str, Any] = {"precision": PRECISION[case.dtype], "torch_compile": bool(compiled)}
     if case.kind == "policy":
         micro_batch = min(case.micro_batch, case.prompts)
         module: Any = PairwisePolicy(
@@ -77,13 +77,14 @@ def main(folder: str, described: str) -> None:
             max_completion_length=case.new_tokens,
             kl_coef=0.05,
             peft_config=lora,
+            torch_compile=bool(compiled),
             lr=case.lr,
         )
         data = PreferenceDataModule(f"{folder}/prompts.jsonl", batch_size=case.prompts, val_fraction=0)
         accumulate = case.prompts // micro_batch
         batches, settings["micro_batch_size"] = accumulate * case.epochs, micro_batch
     else:
-        module = RewardModel(f"{folder}/reward", peft_config=lora, lr=case.lr)
+        module = RewardModel(f"{folder}/reward", peft_config=lora, torch_compile=bool(compiled), lr=case.lr)
         data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=case.prompts, val_fraction=0)
         accumulate, batches = 1, case.updates
     gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings)

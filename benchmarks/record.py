@@ -84,6 +84,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """TRL's median time by ours, for each of TRL's sides; above 1 ours is faster."""
-    return {name: side["summary"]["median"] / sides["ours"]["summary"]["median"] for name, side in sides.items() if name != "ours"}
+def ratios(sides: dict[str, dict[str, Any]], ours: str = "ours") -> dict[str, float]:
+    """TRL's median time by that of one of our sides, for each of TRL's; above 1 ours is faster."""
+    theirs = {name: side["summary"]["median"] for name, side in sides.items() if name not in ("ours", "compiled")}
+    return {name: median / sides[ours]["summary"]["median"] for name, median in theirs.items()}

@@ -60,6 +60,8 @@ def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool = F
     settings: dict[str, Any] = {}
     if not alone:
         contestants["default"] = sides.trl(case, folder, threads, 0)
+        if case.compiled:
+            contestants["compiled"] = sides.ours(case, folder, threads, compiled=True)
         tuned = {micro_batch: sides.trl(case, folder, threads, micro_batch) for micro_batch in case.micro_batches}
     try:
         if tuned:
@@ -83,6 +85,8 @@ def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool = F
         result["memory_mib"] = about["idle_mib"] + arithmetic.memory_mib(case, about["settings"]["micro_batch_size"])
     else:
         result["ratios"] = record.ratios(measured)
+        if case.compiled:
+            result["ratios_compiled"] = record.ratios(measured, "compiled")
     return result
 
 

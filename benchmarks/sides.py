@@ -61,10 +61,10 @@ class Side:
         raise SystemExit(f"{self.name} ended:\n{self.log.read_text()[-3000:]}")
 
 
-def ours(case: Case, folder: Path, threads: int) -> Side:
-    """p3o_lightning."""
-    command = [sys.executable, "ours.py", str(folder), json.dumps(case.to_json())]
-    return Side("p3o_lightning", command, folder / "ours.log", threads)
+def ours(case: Case, folder: Path, threads: int, compiled: bool = False) -> Side:
+    """p3o_lightning, or with its layers compiled."""
+    command = [sys.executable, "ours.py", str(folder), json.dumps(case.to_json()), *(["compiled"] if compiled else [])]
+    return Side("p3o_lightning" + " compiled" * compiled, command, folder / f"ours{'-compiled' * compiled}.log", threads)
 
 
 def trl(case: Case, folder: Path, threads: int, micro_batch: int) -> Side:

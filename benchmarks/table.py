@@ -12,7 +12,7 @@ import record
 from cases import CASES, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
-SIDES = {"ours": "p3o_lightning", "default": "TRL as it comes", "tuned": "TRL tuned"}
+SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
 AXIS = {"responses": "responses a prompt", "length": "tokens of a response", "batch": "prompts of a rollout", "size": "parameters"}
 Results = dict[str, dict[str, Any]]
@@ -46,23 +46,29 @@ def in_order(results: Results) -> dict[str, dict[str, Any]]:
 
 def comparison(results: Results) -> list[str]:
     """Seconds of an iteration, ratios, tokens a second, peak memory."""
-    head = ["case", *SIDES.values(), "ratio, as it comes", "ratio, tuned", "tokens", "tokens/s", "peak MiB", "rounds", "commit"]
+    head = ["case", *SIDES.values(), "ratio to TRL as it comes", "ratio to TRL tuned", "tokens", "tokens/s", "peak MiB", "rounds", "commit"]
     rows = [head]
     for name, result in in_order(results).items():
-        summaries = [result["sides"][side]["summary"] for side in SIDES]
+        summaries = {side: result["sides"][side]["summary"] for side in SIDES if side in result["sides"]}
         rows.append(
             [
                 f"{name} (wall)" if result["threads"] > 1 else name,
-                *map(spread, summaries),
-                *(f"**{result['ratios'][side]:.2f}**" for side in ("default", "tuned")),
-                " / ".join(f"{result['work']['tokens'][side]:.0f}" for side in SIDES),
-                " / ".join(f"{summary['tokens_per_second']:.0f}" for summary in summaries),
-                " / ".join(f"{summary['peak_mib']:.0f}" for summary in summaries),
+                *(spread(summaries[side]) if side in summaries else "" for side in SIDES),
+                *(ratio(result, side) for side in ("default", "tuned")),
+                " / ".join(f"{result['work']['tokens'][side]:.0f}" for side in summaries),
+                " / ".join(f"{summary['tokens_per_second']:.0f}" for summary in summaries.values()),
+                " / ".join(f"{summary['peak_mib']:.0f}" for summary in summaries.values()),
                 str(result["rounds"]),
                 result["commit"],
             ]
         )
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
+
+
+def ratio(result: dict[str, Any], side: str) -> str:
+    """Of ours, and of ours compiled."""
+    compiled = result.get("ratios_compiled")
+    return f"**{result['ratios'][side]:.2f}**" + (f", {compiled[side]:.2f} compiled" if compiled else "")
 
 
 def phases(results: Results) -> list[str]:
@@ -72,6 +78,8 @@ def phases(results: Results) -> list[str]:
         if result["case"]["kind"] != "policy":
             continue
         for side, title in SIDES.items():
+            if side not in result["sides"]:
+                continue
             about, spent = result["sides"][side], result["sides"][side]["summary"]["phases"]
             rest = sum(seconds for phase, seconds in spent.items() if phase not in PHASES)
             settings = about["about"]["settings"]

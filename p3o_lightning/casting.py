@@ -1,13 +1,18 @@
-"""Under autocast (trainer.precision bf16-mixed, 16-mixed): weights cast to half precision once, not at every forward of a rollout."""
+"""Weights made ready once for many forwards without gradient: cast, under autocast, or transposed for decoding on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from p3o_lightning.compiling import is_compiled
+
+Forward = Callable[[Tensor], Tensor]
+
+STEPS = 32  # transposed copies of all weights cost what they save in about half as many tokens
 
 
 @contextmanager
@@ -15,17 +20,42 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers work with copies of their weights in autocast's dtype: to the bit what it would make of them each time.
 
     For forwards without gradient, which autocast does not keep the cast weights of if they do not train. Nothing happens without autocast,
-    and to layers whose weights are split over processes.
+    to layers whose weights are split over processes, and to compiled ones, which would compile anew for every copy.
     """
-    kind = next(model.parameters()).device.type
-    if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind):
+    kind = _kind(model)
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind) or is_compiled(model):
         yield
         return
     dtype = torch.get_autocast_dtype(kind)
-    layers = [module for module in model.modules() if type(module) is nn.Linear and _casts(module, dtype)]
-    for layer in layers:
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        layer.forward = partial(_linear, layer, kind, layer.weight.to(dtype), bias)  # type: ignore[method-assign]
+    with _replaced(model, lambda layer: _cast(layer, kind, dtype) if dtype.itemsize < 4 and _is_own(layer, torch.float32) else None):
+        yield
+
+
+@contextmanager
+def laid_out(model: nn.Module, steps: int) -> Iterator[None]:
+    """As `cast_once`; and in float32 on a CPU linear layers hold transposed copies of their weights meanwhile.
+
+    A CPU multiplies the few rows of a decoding step by those in four fifths of the time. The sums are the same ones, added up in another
+    order. In half precision nothing is gained.
+
+    Args:
+        steps: of decoding; only if there are enough of them do the copies pay.
+    """
+    kind = _kind(model)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(kind) or kind != "cpu" or steps < STEPS:
+        with cast_once(model):
+            yield
+        return
+    with _replaced(model, lambda layer: _transposed(layer) if _is_own(layer, torch.float32) else None):
+        yield
+
+
+@contextmanager
+def _replaced(model: nn.Module, forward: Callable[[nn.Linear], Forward | None]) -> Iterator[None]:
+    """Inside, each linear layer runs what `forward` gives for it, if anything."""
+    layers = {module: made for module in model.modules() if type(module) is nn.Linear and (made := forward(module)) is not None}
+    for layer, made in layers.items():
+        layer.forward = made  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -33,13 +63,32 @@ def cast_once(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _casts(layer: nn.Linear, dtype: torch.dtype) -> bool:
-    """Whether the layer is its own class's, with a whole weight of a wider floating dtype."""
-    weight = layer.weight
-    return "forward" not in vars(layer) and type(weight) is nn.Parameter and weight.dtype == torch.float32 and dtype.itemsize < 4
+def _kind(model: nn.Module) -> str:
+    """Of device."""
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
-def _linear(layer: nn.Linear, kind: str, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(kind):  # it was switched off further in, as by the try-out in scoring.py
-        return nn.Linear.forward(layer, hidden)
-    return nn.functional.linear(hidden, weight, bias)
+def _is_own(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Whether the layer does what its class does, with a whole weight of this dtype."""
+    return "forward" not in vars(layer) and type(layer.weight) is nn.Parameter and layer.weight.dtype == dtype
+
+
+def _cast(layer: nn.Linear, kind: str, dtype: torch.dtype) -> Forward:
+    weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+
+    def forward(hidden: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(kind):  # it was switched off further in, as by the try-out in scoring.py
+            return nn.Linear.forward(layer, hidden)
+        return nn.functional.linear(hidden, weight, bias)
+
+    return forward
+
+
+def _transposed(layer: nn.Linear) -> Forward:
+    weight, bias = layer.weight.t().contiguous(), layer.bias
+
+    def forward(hidden: Tensor) -> Tensor:
+        made = torch.matmul(hidden, weight)
+        return made if bias is None else made.add_(bias)
+
+    return forward

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
+from p3o_lightning.casting import laid_out
+from p3o_lightning.compiling import as_written
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
 from p3o_lightning.kv_cache import roomy_cache
 
+BLOCK = 64  # tokens of the vocabulary whose weights are added up at a time
 ROWS = 8  # finished rows leave the batch so many at a time
 
 
@@ -93,14 +96,27 @@ def sample_with_logps(
             f"model.max_completion_length is {sampling.max_completion_length} and a prompt has {longest} tokens, but the model has only "
             f"{limit} positions: lower it, or set data.max_prompt_length."
         )
-    prompts, count = len(prompt_tokens), sampling.num_generations
-    rows = prompts * count
-    device = prompt_tokens.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
     rank, processes = share
-    uniforms = torch.rand(prompts * processes, count, sampling.max_completion_length, generator=generator, dtype=torch.float32)
-    uniforms = uniforms[rank::processes].flatten(0, 1).to(device)
+    shape = (len(prompt_tokens) * processes, sampling.num_generations, sampling.max_completion_length)
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)[rank::processes].flatten(0, 1).to(prompt_tokens.device)
+    with as_written(model), laid_out(model, sampling.max_completion_length):
+        return _decoded(model, prompt_tokens, prompt_mask, uniforms, sampling, eos_token_id, pad_token_id, refuse_nonfinite)
 
+
+def _decoded(
+    model: nn.Module,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    uniforms: Float[Tensor, "row step"],
+    sampling: Sampling,
+    eos_token_id: int,
+    pad_token_id: int,
+    refuse_nonfinite: bool,
+) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
+    """The loop of `sample_with_logps`: a row is a response, and has a draw for each of its tokens."""
+    prompts, count, device = len(prompt_tokens), sampling.num_generations, prompt_tokens.device
+    rows = prompts * count
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
     logps = torch.zeros(rows, sampling.max_completion_length, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
@@ -164,7 +180,7 @@ def draw_with_logps(
 
     top_k is applied first, then top_p to what is left. Of equal logits at their edge, the choice is arbitrary.
     """
-    logits = precise(logits) / sampling.temperature
+    logits = precise(logits) if sampling.temperature == 1 else precise(logits) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         best = logits.topk(sampling.top_k, -1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
@@ -173,18 +189,36 @@ def draw_with_logps(
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each one
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
     logits = logits - logits.amax(-1, keepdim=True)
-    weights = logits.exp()
-    # in float64, so that over a vocabulary of 100,000 no rounding of the sum lets a token in that has no weight; Apple's GPUs have none
-    cumulative = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
-    if refuse_nonfinite and not bool(cumulative[:, -1].isfinite().all()):
+    drawn, total = _first_beyond(logits.exp(), uniforms)
+    if refuse_nonfinite and not bool(total.isfinite().all()):
         raise InputError(
             "model gives logits that are not finite (NaN or infinity), so nothing can be sampled: training has diverged, or numbers "
             "overflow the dtype; lower model.lr, set trainer.gradient_clip_val to 1, or model.dtype to float32."
         )
-    target = uniforms.to(cumulative.dtype).unsqueeze(1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     chosen = logits.gather(-1, drawn.unsqueeze(1)).squeeze(1)
-    return drawn, (chosen - cumulative[:, -1].log()).float()
+    return drawn, (chosen - total.log()).float()
+
+
+def _first_beyond(
+    weights: Float[Tensor, "row vocabulary"], uniforms: Float[Tensor, " row"]
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """The first token of each row at which the weights up to it exceed the uniform draw's share of their sum; and the sum.
+
+    Added up in float64 (which Apple's GPUs lack), so that over a vocabulary of 100,000 no rounding lets a token in that has no weight;
+    block by block, then within the block where it happens, which is a tenth of the work. Of weights that are not finite: the last token.
+    """
+    size, precision = weights.shape[-1], torch.float32 if weights.device.type == "mps" else torch.float64
+    blocks = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    until = blocks.sum(-1, dtype=precision).cumsum(-1)
+    total = until[:, -1]
+    target = (uniforms.to(precision) * total).unsqueeze(1)
+    block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[-1] - 1)
+    before = nn.functional.pad(until, (1, -1)).gather(-1, block)
+    within = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+    last = (torch.arange(1, BLOCK + 1, device=weights.device) * (within > 0)).amax(-1) - 1  # of those with weight: rounding may overshoot
+    place = torch.searchsorted(before + within.cumsum(-1, dtype=precision), target, right=True).squeeze(1)
+    drawn = block.squeeze(1) * BLOCK + torch.minimum(place, last)
+    return torch.where(total.isfinite(), drawn, size - 1), total
 
 
 def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, tokens: Tensor, mask: Tensor) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ class ReferencedPolicy(Stage):
 
     @property
     def frozen_models(self) -> list[nn.Module]:
-        """The models beside the trained one."""
+        """The reference, once it is made; with LoRA there is none."""
         return [*self._reference]
 
     def configure_model(self) -> None:

@@ -27,6 +27,7 @@ class RewardModel(Stage):
         tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
         peft_config: fields of peft.LoraConfig, e.g. {r: 16, lora_alpha: 32}; the head is trained in full. None trains all weights.
         dtype: weights as float32, bfloat16, float16, or auto (as stored).
+        torch_compile: compile the layers when fitting, for training and scoring: pays in long runs.
         label_smoothing: share of labels taken to be wrong, in [0, 0.5).
         center_coef: weight of (r(chosen) + r(rejected))^2, which keeps rewards near 0; 0 = off, 0.01 is usual.
         lr: learning rate of the default AdamW.
@@ -43,6 +44,7 @@ class RewardModel(Stage):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: dict[str, Any] | Any | None = None,
         dtype: str = "float32",
+        torch_compile: bool = False,
         label_smoothing: float = 0.0,
         center_coef: float = 0.0,
         lr: float = 1e-5,
@@ -60,6 +62,7 @@ class RewardModel(Stage):
             tokenizer=tokenizer,
             peft_config=peft_config,
             dtype=dtype,
+            torch_compile=torch_compile,
             lr=lr,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

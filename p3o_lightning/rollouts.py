@@ -62,7 +62,7 @@ class SamplingPolicy(ReferencedPolicy):
         """As `sample`, and the nats of every token under the distribution that it was drawn from."""
         if self.vllm is not None:
             return self.vllm.sample_with_logps(self, prompts, self.rollout_seed if seed is None else seed)
-        with torch.no_grad(), eval_mode(self.model), self.whole_weights(), cast_once(self.model), float32_by_default():
+        with torch.no_grad(), eval_mode(self.model), self.whole_weights(), float32_by_default():
             return sample_with_logps(
                 self.model,
                 prompts.tokens,

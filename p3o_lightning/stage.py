@@ -23,13 +23,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from p3o_lightning.compiling import compile_layers
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
 from p3o_lightning.hub import prepare_repository, push_folder
 from p3o_lightning.model_card import HEAD, model_card
 from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, from_description, read_checkpoint
 from p3o_lightning.scoring import rows_apart
-from p3o_lightning.sharding import is_split, prepare_split, whole_state_dict, whole_weights
+from p3o_lightning.sharding import is_split, prepare_split, splits, whole_state_dict, whole_weights
 from p3o_lightning.text import visible
 from p3o_lightning.tokenizers import load_tokenizer, reads_alike, tokenizer_source
 
@@ -51,6 +52,7 @@ class Stage(L.LightningModule):
         tokenizer: str | PreTrainedTokenizerBase | None,
         peft_config: dict[str, Any] | Any | None,
         dtype: str,
+        torch_compile: bool,
         lr: float,
         optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
@@ -65,12 +67,27 @@ class Stage(L.LightningModule):
             self.model = attach_adapter(self.model, peft_config)
         self.model.train()  # from_pretrained returns eval mode, which Lightning would keep
         self.lr, self.optimizer, self.lr_scheduler = lr, optimizer, lr_scheduler
+        self.torch_compile = torch_compile
         self._described: dict[str, Any] | None = None  # what every checkpoint says of model and tokenizer
         self.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Adapt the tokenizer before the model is loaded; the reward model needs a padding token of its own."""
         return tokenizer
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """The models beside the trained one."""
+        return []
+
+    def on_fit_start(self) -> None:
+        """Compile the layers of all models, if it is asked for."""
+        if not self.torch_compile:
+            return
+        if splits(self.trainer.strategy):
+            raise InputError("model.torch_compile is true, but the strategy splits the model over processes: leave one of the two out.")
+        for model in (self.model, *self.frozen_models):
+            compile_layers(model)
 
     # ---- several processes
 

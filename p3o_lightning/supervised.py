@@ -27,6 +27,7 @@ class SupervisedPolicy(Stage):
         tokenizer: folder, hub name, object, or "bytes"; None takes the model's.
         peft_config: fields of peft.LoraConfig, e.g. {r: 16, lora_alpha: 32}; None trains all weights.
         dtype: weights as float32, bfloat16, float16, or auto (as stored).
+        torch_compile: compile the layers when fitting, for training and scoring: pays in long runs.
         lr: learning rate of the default AdamW.
         optimizer: factory called with the trainable parameters; None is AdamW(lr, betas=(0.9, 0.95)).
         lr_scheduler: factory called with the optimizer; stepped once an update.
@@ -44,6 +45,7 @@ class SupervisedPolicy(Stage):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         peft_config: dict[str, Any] | Any | None = None,
         dtype: str = "float32",
+        torch_compile: bool = False,
         lr: float = 2e-5,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -58,6 +60,7 @@ class SupervisedPolicy(Stage):
             tokenizer=tokenizer,
             peft_config=peft_config,
             dtype=dtype,
+            torch_compile=torch_compile,
             lr=lr,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

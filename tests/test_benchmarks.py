@@ -214,6 +214,7 @@ def test_ratios_are_of_medians():
 
     measured = {"ours": side(1, 2, 9), "default": side(4, 5, 6), "tuned": side(1, 1, 1)}
     assert record.ratios(measured) == {"default": 2.5, "tuned": 0.5}
+    assert record.ratios({**measured, "compiled": side(1, 1, 2)}, "compiled") == {"default": 5, "tuned": 1}
     assert measured["ours"]["summary"] == {
         "median": 2,
         "min": 1,
@@ -317,9 +318,11 @@ def test_sizes_are_what_their_names_say():
 # ---- tables
 
 
-def result(name: str, ours: float, default: float, tuned: float, ours_mib: float = 1.0, tuned_mib: float = 2.0) -> dict[str, object]:
+def result(
+    name: str, ours: float, default: float, tuned: float, ours_mib: float = 1.0, tuned_mib: float = 2.0, compiled: float = 0.0
+) -> dict[str, object]:
     def side(seconds: float, mib: float) -> dict[str, object]:
-        settings = {"micro_batch_size": 4} if seconds == ours else {"per_device_train_batch_size": 8}
+        settings = {"micro_batch_size": 4} if seconds in (ours, compiled) else {"per_device_train_batch_size": 8}
         summary = {"median": seconds, "min": seconds - 1, "max": seconds + 1, "tokens_per_second": 100 / seconds, "peak_mib": mib}
         phases = {"generation": seconds / 2, "scoring": seconds / 4, "update": seconds / 8, "other": seconds / 16, "logging": seconds / 16}
         about = {"settings": settings, "versions": {"torch": "9"}}
@@ -336,18 +339,27 @@ def result(name: str, ours: float, default: float, tuned: float, ours_mib: float
         "machine": machine,
         "case": CASES[name].to_json(),
     }
-    return {**told, "sides": measured, "ratios": {"default": default / ours, "tuned": tuned / ours}}
+    found = {**told, "sides": measured, "ratios": {"default": default / ours, "tuned": tuned / ours}}
+    if compiled:
+        measured["compiled"] = side(compiled, ours_mib)
+        told["work"]["tokens"]["compiled"] = 7
+        found["ratios_compiled"] = {"default": default / compiled, "tuned": tuned / compiled}
+    return found
 
 
 def test_the_table_says_what_the_files_say():
-    results = {name: result(name, 4.0, 10.0, 6.0) for name in ("reward-15m-fixed-float32", "15m-fixed-float32")}
+    results = {name: result(name, 4.0, 10.0, 6.0, compiled=3.0) for name in ("reward-15m-fixed-float32", "15m-fixed-float32")}
+    results["1m-fixed-float32"] = result("1m-fixed-float32", 4.0, 10.0, 6.0)
     text = "\n".join(table.comparison(results))
     row = (
-        "| 15m-fixed-float32 | 4.00 (3.00–5.00) | 10.00 (9.00–11.00) | 6.00 (5.00–7.00) | **2.50** | **1.50** | 7 / 8 / 9 | 25 / 10 / 17 |"
+        "| 15m-fixed-float32 | 4.00 (3.00–5.00) | 3.00 (2.00–4.00) | 10.00 (9.00–11.00) | 6.00 (5.00–7.00) "
+        "| **2.50**, 3.33 compiled | **1.50**, 2.00 compiled | 7 / 7 / 8 / 9 | 25 / 33 / 10 / 17 |"
     )
+    assert "| 1m-fixed-float32 | 4.00 (3.00–5.00) |  | 10.00 (9.00–11.00) | 6.00 (5.00–7.00) | **2.50** | **1.50** |" in text
     assert row in text and text.index(row) < text.index("reward-15m")  # in the order of the cases
-    (line,) = [line for line in table.phases(results) if "p3o_lightning" in line]  # a policy's alone
-    assert line == "| 15m-fixed-float32 | p3o_lightning | 2.00 | 1.00 | 0.50 | 0.50 | 8 rows |"
+    lines = [line for line in table.phases(results) if "p3o_lightning" in line]  # a policy's alone
+    assert len(lines) == 2 and "| 15m-fixed-float32 | compiled | 1.50 | 0.75 | 0.38 | 0.38 | 8 rows |" in table.phases(results)
+    assert lines[0] == "| 15m-fixed-float32 | p3o_lightning | 2.00 | 1.00 | 0.50 | 0.50 | 8 rows |"
     (left,) = table.missing(results)
     assert "`15m-uneven-bf16`" in left and "`15m-fixed-float32`" not in left
     assert table.missing({name: {} for name in CASES}) == ["Every case of the table is measured."]

@@ -1,10 +1,13 @@
 """Weights cast once for a rollout give to the bit what autocast makes of them at every forward."""
 
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from p3o_lightning.casting import cast_once
+from p3o_lightning.casting import STEPS, cast_once, laid_out
 from p3o_lightning.forwards import completion_logps, sequence_scores
 from p3o_lightning.generation import Sampling, sample_with_logps
 from p3o_lightning.models import attach_adapter
@@ -20,20 +23,61 @@ def model_of(kind):
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 @torch.no_grad()
-def test_log_probabilities_and_samples_are_the_same_to_the_bit(kind):
+def test_log_probabilities_are_the_same_to_the_bit(kind):
     model = model_of(kind)
-    _, tokens, mask = left_padded([3, 6])
-    answers = []
     for logps in (completion_logps, grouped_completion_logps):
         with torch.autocast("cpu", torch.bfloat16):
             allows(model)
             one = logps(model, *batch())
             with cast_once(model):
                 assert torch.equal(logps(model, *batch()), one)
-    for cast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16), cast_once(model) if cast else torch.no_grad():
-            answers.append(sample_with_logps(model, tokens, mask, Sampling(3, 6), eos_token_id=EOS, pad_token_id=PAD, seed=3))
-    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter", "biased"])
+@torch.no_grad()
+def test_weights_transposed_for_decoding_draw_the_same_responses(kind):
+    model = causal("qwen2") if kind == "biased" else model_of(kind)
+    _, tokens, mask = left_padded([3, 6])
+    answers = []
+    for plain in (False, True):  # layers that have a forward of their own already are left as they are
+        with as_they_are(model) if plain else nullcontext():
+            answers.append(sample_with_logps(model, tokens, mask, Sampling(3, STEPS), eos_token_id=EOS, pad_token_id=PAD, seed=3))
+    (drawn, kept, logps), (plainly, mask_plainly, plain_logps) = answers
+    assert torch.equal(drawn, plainly) and torch.equal(kept, mask_plainly)
+    torch.testing.assert_close(logps, plain_logps, rtol=0, atol=1e-4)
+
+
+@contextmanager
+def as_they_are(model):
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    for layer in layers:
+        layer.forward = partial(nn.Linear.forward, layer)
+    yield
+    for layer in layers:
+        del layer.forward
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "steps", "replaced"),
+    [
+        ("float32", False, STEPS, True),
+        ("float32", False, STEPS - 1, False),
+        ("float32", True, 1, True),
+        ("bfloat16", False, STEPS, False),
+        ("float64", False, STEPS, False),
+    ],
+)
+def test_which_layers_are_laid_out(dtype, autocast, steps, replaced):
+    layer = nn.Sequential(nn.Linear(5, 3, bias=True)).to(getattr(torch, dtype))
+    rows = torch.randn(2, 1, 5, dtype=layer[0].weight.dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = layer(rows)
+        with laid_out(layer, steps):
+            assert ("forward" in vars(layer[0])) == replaced
+            torch.testing.assert_close(layer(rows), expected, rtol=2e-2 if expected.dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+    assert "forward" not in vars(layer[0])
+    with laid_out(layer, steps):
+        assert "forward" not in vars(layer[0])  # a gradient is to flow
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])

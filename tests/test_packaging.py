@@ -67,6 +67,7 @@ LAYERS = [
         "packing",
         "phases",
         "casting",
+        "compiling",
         "scoring",
         "head",
         "kv_cache",
