@@ -161,11 +161,13 @@ class ExperienceLoader:
         """Which prompts form this micro-batch: on the first pass those that the rollout scored together, so that its first ratio is 1
         in any precision; then a fresh permutation every pass.
         """
+        assert state.pending is not None
         iteration, micro_batch = divmod(position, self.micro_batches)
         order = torch.arange(self.batch_size)
         if iteration:
             generator = torch.Generator().manual_seed(mix(self.policy.seed, state.rollouts, iteration))
             order = torch.randperm(self.batch_size, generator=generator)
+        order = self.policy.in_order(order, state.pending.prompt_mask, state.pending.completion_mask)
         return order[micro_batch * self.micro_batch_size :][: self.micro_batch_size]
 
     def _settle(self) -> None:

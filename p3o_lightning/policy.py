@@ -292,7 +292,7 @@ class PairwisePolicy(SamplingPolicy):
     def policy_values(self, *tokens_and_masks: Tensor) -> Float[Tensor, "prompt response token"]:
         """The critic's values before every token, computed as `training_step` computes them; reward units."""
         with eval_mode(self.model), self.whole_weights():
-            return torch.cat([self.logps_and_values(*part)[1] for part in self.micro_batches(*tokens_and_masks)])  # type: ignore[misc]
+            return self.by_micro_batches(lambda *part: self.logps_and_values(*part)[1], *tokens_and_masks)  # type: ignore[arg-type]
 
     @property
     def needs_values(self) -> bool:

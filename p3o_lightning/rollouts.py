@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from p3o_lightning.phases import phase
 from p3o_lightning.reference import ReferencedPolicy
 from p3o_lightning.reward_log import RewardLog, TrainerState
 from p3o_lightning.rewards import Responses, RewardSum
-from p3o_lightning.scoring import grouped_completion_logps
+from p3o_lightning.scoring import allows, grouped_completion_logps
 from p3o_lightning.seeds import mix
 from p3o_lightning.vllm_sampling import VLLMSampler
 
@@ -109,12 +109,28 @@ class SamplingPolicy(ReferencedPolicy):
 
     def _in_micro_batches(self, model: nn.Module, *tokens_and_masks: Tensor) -> Tensor:
         temperature = self.sampling.temperature
-        parts = self.micro_batches(*tokens_and_masks)
-        return torch.cat([grouped_completion_logps(model, *part[:4], temperature) for part in parts])  # type: ignore[call-arg]
+        return self.by_micro_batches(
+            lambda *part: grouped_completion_logps(model, *part, temperature),  # type: ignore[call-arg]
+            *tokens_and_masks[:4],
+        )
 
-    def micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-        """The tensors in pieces of as many prompts as training takes at once."""
-        return zip(*(tensor.split(self.micro_batch_size or len(tensor)) for tensor in tensors), strict=True)
+    def by_micro_batches(self, function: Callable[..., Tensor], *tokens_and_masks: Tensor) -> Tensor:
+        """What `function` gives for the prompts of one micro-batch after the other; in the order of the prompts."""
+        order = self.in_order(torch.arange(len(tokens_and_masks[0])), tokens_and_masks[1], tokens_and_masks[3])
+        parts = order.to(tokens_and_masks[0].device).split(self.micro_batch_size or len(order))
+        return torch.cat([function(*(tensor[part] for tensor in tokens_and_masks)) for part in parts])[order.argsort()]
+
+    def in_order(self, order: Int[Tensor, " prompt"], prompt_mask: Tensor, completion_mask: Tensor) -> Int[Tensor, " prompt"]:
+        """The order in which prompts are cut into micro-batches: the one given; or, for a model that needs padding, those of an update from
+        short to long, so that texts of like length are padded together.
+        """
+        micro_batch = self.micro_batch_size or len(order)
+        if micro_batch >= len(order) or allows(self.model):
+            return order
+        training = self._trainer is not None and self.trainer.training
+        update = micro_batch * self.trainer.accumulate_grad_batches if training else len(order)
+        lengths = (prompt_mask.sum(-1) + completion_mask.sum(-1).amax(-1)).cpu()
+        return torch.cat([part[lengths[part].argsort(stable=True)] for part in order.split(update)])
 
     @phase("scoring")
     def score(self, prompts: PromptBatch, tokens: Tensor, mask: Tensor) -> Float[Tensor, "prompt response"]:

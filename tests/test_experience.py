@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pytest
 import torch
-from tiny import GPT2, PROMPTS, KeepAll, Recorder, collate, equal, letters, policy, prompts, share_of_a, trainer, weights
+from tiny import GPT2, LLAMA, PROMPTS, KeepAll, Recorder, collate, equal, letters, policy, prompts, share_of_a, trainer, weights
 from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from p3o_lightning import InputError, PairwisePolicy
 from p3o_lightning.batches import Experience, PromptBatch
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.experience import ExperienceLoader
 from p3o_lightning.models import read_checkpoint
+from p3o_lightning.scoring import allows
 
 RUNS = {
     "epochs": ({"max_epochs": 2}, {}, {}),
@@ -232,6 +235,59 @@ def test_a_rollout_of_fewer_prompts_is_refused(tmp_path):
     module = policy(Choosy)
     with pytest.raises(InputError, match=r"rollout_step returned experience of 3 prompts for 4"):
         trainer(tmp_path, max_steps=1).fit(module, module.wrap_train_dataloader(prompts()))
+
+
+# ---- a model that needs padding
+
+
+def padding_policy(**settings):
+    """Of a model whose attention cannot leave padding out, with responses of many lengths."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**LLAMA, vocab_size=10)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return policy(model=model, max_completion_length=12, **settings)
+
+
+def trained_on(module, folder, size, **flags):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((batch.prompt_tokens, batch.prompt_mask.sum(-1) + batch.completion_mask.sum(-1).amax(-1)))
+
+    fit = trainer(folder, callbacks=[Watch()], **flags)
+    fit.fit(module, module.wrap_train_dataloader(prompts(size)))
+    return seen
+
+
+def test_texts_of_like_length_are_padded_together_and_updates_keep_their_prompts(tmp_path):
+    settings = {"num_iterations": 2, "lr": 1e-9}
+    flags = {"accumulate_grad_batches": 3, "max_steps": 4}
+    module = padding_policy(micro_batch_size=2, **settings)
+    assert not allows(module.model)
+    padded = trained_on(module, tmp_path, 12, **flags)
+    packed = trained_on(policy(max_completion_length=12, micro_batch_size=2, **settings), tmp_path, 12, **flags)
+    assert len(padded) == len(packed) == 12
+    for update in range(4):
+        ours, others = padded[3 * update :][:3], packed[3 * update :][:3]
+        lengths = torch.cat([found for _, found in ours])
+        assert lengths.equal(lengths.sort().values) and len(set(lengths.tolist())) > 2
+        tokens = [sorted(row.tolist() for part, _ in update for row in part) for update in (ours, others)]
+        assert tokens[0] == tokens[1]  # the same prompts make an update, in another order
+
+
+def test_what_is_scored_in_the_order_of_lengths_comes_back_in_the_order_of_prompts(tmp_path):
+    """The start-up proofs hold on it, and one update is that of a whole batch."""
+    after = []
+    for micro_batch_size in (2, None):
+        module = padding_policy(micro_batch_size=micro_batch_size, kl_coef=0.3)
+        trained_on(module, tmp_path, 12, max_steps=1, accumulate_grad_batches=6 if micro_batch_size else 1)
+        batch = collate(PROMPTS)
+        tokens, mask = module.sample(batch)
+        after.append((weights(module), module.policy_logps(batch.tokens, batch.attention_mask, tokens, mask)))
+    (one, logps), (other, whole_logps) = after
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    torch.testing.assert_close(logps, whole_logps, rtol=0, atol=1e-4)
 
 
 def test_letters_round_trip():
