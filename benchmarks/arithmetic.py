@@ -58,7 +58,7 @@ def parameters(size: str) -> int:
 def memory_mib(case: Case, micro_batch: int) -> float:
     """Peak of models, optimizer and activations, as `p3o plan` counts it; Python and libraries not included."""
     from p3o_lightning.memory import Work, llama, policy
-    from p3o_lightning.rewards import ModelReward
+    from p3o_lightning.model_reward import ModelReward
 
     sizes = _sizes(case.size)
     model, scorer = llama(**sizes), llama(**sizes, scalar=True)

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import unwrapped
-from p3o_lightning.rewards import FunctionReward, ModelReward, Responses
+from p3o_lightning.function_reward import FunctionReward
+from p3o_lightning.model_reward import ModelReward
+from p3o_lightning.responses import Responses
 from p3o_lightning.scoring import allows
 from p3o_lightning.sharding import named_weights
 

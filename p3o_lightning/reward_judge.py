@@ -11,8 +11,8 @@ from p3o_lightning.batches import PromptBatch
 from p3o_lightning.data_formats import Text
 from p3o_lightning.encoding import encode_prompt, encode_response
 from p3o_lightning.judges import Judge
+from p3o_lightning.responses import Responses as Pairs
 from p3o_lightning.rewards import JudgeReward, RewardInput, reward_sources
-from p3o_lightning.rewards import Responses as Pairs
 from p3o_lightning.sequences import pad_left, pad_right
 from p3o_lightning.tokenizers import byte_tokenizer
 

@@ -6,262 +6,31 @@ does not matter. A judge has no scores at all: it compares the responses of a pr
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import importlib
 import inspect
 import math
 import re
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from lightning.pytorch.utilities import rank_zero_warn
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from p3o_lightning.batches import PromptBatch
-from p3o_lightning.casting import cast_once
-from p3o_lightning.data_formats import Row, Text, Unusable
-from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.ensembles import Ensemble, EnsembleReward
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import eval_mode, is_adapted
+from p3o_lightning.forwards import is_adapted
+from p3o_lightning.function_reward import FunctionReward, RewardFunction
 from p3o_lightning.judges import Judge, group_gaps
+from p3o_lightning.model_reward import ModelReward
 from p3o_lightning.models import highest_token_id, load_reward_backbone
-from p3o_lightning.reward_log import RewardLog, TrainerState
-from p3o_lightning.scoring import grouped_scores
-from p3o_lightning.sequences import pad_right
-from p3o_lightning.tokenizers import load_tokenizer, same_ids
+from p3o_lightning.responses import Responses
+from p3o_lightning.tokenizers import load_tokenizer
 
-RewardFunction = Callable[..., Any]
 RewardInput = str | Path | Judge | Ensemble | RewardFunction | nn.Module
-
-
-class Responses(NamedTuple):
-    """What a reward source sees: prompts as in the data, and what was sampled for each."""
-
-    prompts: PromptBatch
-    tokens: Int[Tensor, "prompt response token"]
-    mask: Bool[Tensor, "prompt response token"]
-    texts: list[list[str]]  # without special tokens
-    state: TrainerState = TrainerState()
-    log: RewardLog | None = None  # None: what functions log goes nowhere
-
-
-class FunctionReward:
-    """A Python function `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, as in TRL; it may be async.
-
-    It is also given TRL's `trainer_state`, `log_metric` and `log_extra` (see p3o_lightning.reward_log), by name or in `**columns`.
-
-    `completions` are strings, or for conversational prompts lists of one assistant message. None says that the function does
-    not apply; the prompt's responses then all get 0 from it, since a gap between a scored and an unscored response means nothing.
-    """
-
-    def __init__(self, function: RewardFunction) -> None:
-        self.function = function
-        named = getattr(function, "func", function)  # of a functools.partial
-        self.name = getattr(named, "__name__", type(named).__name__)
-
-    def __call__(self, responses: Responses) -> Float[Tensor, "prompt response"]:
-        """One score a response, in the function's own units."""
-        return self.start(responses)()
-
-    def start(self, responses: Responses) -> Callable[[], Float[Tensor, "prompt response"]]:
-        """Call the function; what comes back waits for its scores. So async functions wait for their servers at the same time."""
-        prompts, count = responses.prompts.prompts, responses.tokens.shape[1]
-        repeated = [prompt for prompt in prompts for _ in range(count)]
-        texts: list[Any] = [text for group in responses.texts for text in group]
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(repeated, texts, strict=True)
-        ]
-        tokens, masks = responses.tokens.flatten(0, 1).cpu(), responses.mask.flatten(0, 1).cpu()
-        ids = [row[kept].tolist() for row, kept in zip(tokens, masks, strict=True)]
-        columns = {name: [value for value in values for _ in range(count)] for name, values in responses.prompts.columns.items()}
-        log = RewardLog(len(ids)) if responses.log is None else responses.log
-        trls = {"trainer_state": responses.state, "log_metric": log.log_metric, "log_extra": log.log_extra}
-        arguments = {**columns, **self._taken(trls), "prompts": repeated, "completions": completions, "completion_ids": ids}
-        self._check_signature(arguments)
-        answer = self.function(**arguments)
-        if inspect.isawaitable(answer):
-            waiting = asyncio.run_coroutine_threadsafe(_wait(answer), _event_loop())
-            return lambda: self._checked(waiting.result(), len(prompts), count)
-        return lambda: self._checked(answer, len(prompts), count)
-
-    def _taken(self, offered: dict[str, Any]) -> dict[str, Any]:
-        """Of what is offered, what the function takes: our own functions need not."""
-        try:
-            parameters = inspect.signature(self.function).parameters
-        except ValueError:  # written in C
-            return {}
-        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return {name: value for name, value in offered.items() if every or name in parameters}
-
-    def _check_signature(self, arguments: dict[str, Any]) -> None:
-        try:
-            signature = inspect.signature(self.function)
-        except ValueError:  # written in C
-            return
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            raise InputError(
-                f"model.reward_funcs: {self.name}{signature} cannot be called ({error}): "
-                f"define it as def {self.name}(prompts, completions, completion_ids, **columns)."
-            ) from error
-
-    def _checked(self, answer: Any, prompts: int, count: int) -> Tensor:
-        field = f"model.reward_funcs: {self.name}"
-        values = answer.tolist() if hasattr(answer, "tolist") else answer
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise InputError(f"{field} returned {type(answer).__name__} {_short(answer)}: return a list of {prompts * count} numbers.")
-        if len(values) != prompts * count:
-            raise InputError(f"{field} returned {len(values)} scores for {prompts * count} completions: return one for each, in order.")
-        for index, value in enumerate(values):
-            if value is not None and not _is_number(value):
-                raise InputError(f"{field} returned {_short(value)} at position {index}: return a float, or None where it does not apply.")
-            if value is not None and not math.isfinite(float(value)):
-                raise InputError(f"{field} returned {float(value)} at position {index}: return a finite number, or None.")
-        scores = torch.tensor([math.nan if value is None else float(value) for value in values]).view(prompts, count)
-        return torch.where(scores.isnan().any(1, keepdim=True), 0.0, scores)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one number, of whatever library: not a text that spells one, a truth value, or a tensor of several."""
-    return not isinstance(value, bool | str) and hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-async def _wait(answer: Any) -> Any:
-    return await answer
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One for all calls, in a thread of its own: clients may keep their connections, and a notebook's own loop is not in the way."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="p3o-rewards", daemon=True).start()
-    return loop
-
-
-class ModelReward:
-    """A scalar-head model. It reads the sampled tokens themselves if it shares the policy's tokenizer, else the text, encoded anew.
-
-    Either way the sequence ends as its training text ended: with EOS where the response ended, without where it was cut off.
-    """
-
-    batch_rows = 32
-
-    def __init__(
-        self, network: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, name: str
-    ):
-        self.network: nn.Module = network.eval().requires_grad_(False)
-        self.tokenizer, self.policy_tokenizer, self.name = tokenizer, policy_tokenizer, name
-        self.same_tokens = same_tokenizer(tokenizer, policy_tokenizer)
-        self.same_template = tokenizer.chat_template == policy_tokenizer.chat_template
-        self._encoder = Encoder(tokenizer, "demonstrations", max_length=sys.maxsize)
-        self._turn_end: list[int] | None = None
-        self._warned = False
-
-    @torch.no_grad()
-    def __call__(self, responses: Responses) -> Float[Tensor, "prompt response"]:
-        """Rewards in the model's logits, float32 at least."""
-        prompts = responses.prompts.prompts
-        same = self.same_tokens and (self.same_template or all(isinstance(prompt, str) for prompt in prompts))
-        rows = self._token_rows(responses) if same else self._encoded_rows(responses)
-        device, count = next(self.network.parameters()).device, responses.tokens.shape[1]
-        longest = [max(map(len, rows[start : start + count])) for start in range(0, len(rows), count)]
-        order = sorted(range(len(longest)), key=longest.__getitem__)  # neighbours of like length: little padding
-        batch_rows = self.batch_rows // 4 if device.type == "cpu" else self.batch_rows  # what a core's cache holds
-        size = max(1, batch_rows // count)  # prompts
-        chunks = []
-        with eval_mode(self.network), cast_once(self.network):
-            for start in range(0, len(order), size):
-                texts = [row for i in order[start : start + size] for row in rows[i * count : (i + 1) * count]]
-                tokens, mask = pad_right(texts, self.tokenizer.pad_token_id)
-                chunks.append(grouped_scores(self.network, tokens.to(device), mask.to(device), count).cpu().view(-1, count))
-        scores = torch.cat(chunks)
-        if not bool(scores.isfinite().all()):
-            warnings.warn(  # an error here would stop one rank alone
-                f"reward {self.name!r} gave {int((~scores.isfinite()).sum())} of {scores.numel()} responses a score that is NaN or "
-                "infinite: nothing can be learned from them. Give another reward model, or a wider dtype (model.dtype float32).",
-                stacklevel=2,
-            )
-        return scores[torch.tensor(order).argsort()]
-
-    def _token_rows(self, responses: Responses) -> list[list[int]]:
-        rows = []
-        for i, (prompt, kept) in enumerate(zip(responses.prompts.tokens, responses.prompts.attention_mask, strict=True)):
-            head = prompt[kept].tolist()
-            rows += [head + tokens[real].tolist() for tokens, real in zip(responses.tokens[i], responses.mask[i], strict=True)]
-        return rows
-
-    def _encoded_rows(self, responses: Responses) -> list[list[int]]:
-        """Prompt and response in the reward model's own tokens and chat template, encoded as its training data was."""
-        rows, unreadable = [], 0
-        eos = self.policy_tokenizer.eos_token_id
-        for prompt, texts, tokens, masks in zip(responses.prompts.prompts, responses.texts, responses.tokens, responses.mask, strict=True):
-            head, bodies = self._encoded(prompt, texts)
-            for text, ids, mask, body in zip(texts, tokens, masks, bodies, strict=True):
-                unreadable += not self._readable(text, body)
-                ended = bool((ids[mask][-1:] == eos).any())
-                rows.append([*head, *(body if ended else body[: -len(self._end_of_turn(prompt))])])
-        if unreadable and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"reward {self.name!r} has another tokenizer than the policy, which cannot reproduce {unreadable / len(rows):.0%} of the "
-                "responses (unknown characters or words): it judges them without. Take a reward model whose tokenizer covers the policy's."
-            )
-        return rows
-
-    def _encoded(self, prompt: Text, texts: list[str]) -> tuple[list[int], list[list[int]]]:
-        """Ids of the prompt, and of each response with its end of turn."""
-        # the policy may begin its responses with a space, which a chat template supplies itself
-        replies: tuple[Text, ...] = (
-            tuple(texts) if isinstance(prompt, str) else tuple([{"role": "assistant", "content": text.strip()}] for text in texts)
-        )
-        row = next(self._encoder([Row(prompt, replies, None, {})]))
-        if isinstance(row, Unusable):  # a template that rewrites replies: only prompts can go through it
-            return encode_prompt(self.tokenizer, prompt), [encode_response(self.tokenizer, text) for text in texts]
-        return row.prompt.tolist(), [reply.tolist() for reply in row.replies]
-
-    def _end_of_turn(self, prompt: Text) -> list[int]:
-        """What follows a response in the training data: EOS, and before it what a chat template writes there."""
-        if isinstance(prompt, str):
-            return [self.tokenizer.eos_token_id]
-        if self._turn_end is None:
-            one, other = self._encoded(prompt, ["a", "b"])[1]
-            common = next((i for i in range(1, len(one)) if one[-i:] != other[-i:]), len(one)) - 1
-            self._turn_end = one[-common:]
-        return self._turn_end
-
-    def _readable(self, text: str, ids: list[int]) -> bool:
-        """Whether the ids give the text back, but for spacing and case, which some tokenizers drop on purpose."""
-        back = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return "".join(text.split()).casefold() in "".join(back.split()).casefold()
-
-
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both give the same ids to the same text and end it alike; a padding token of its own does not count."""
-    if one is other:
-        return True
-    return (
-        one.eos_token_id == other.eos_token_id
-        and one.bos_token_id == other.bos_token_id
-        and same_ids(one, other)
-        and {token for token, _ in one.get_vocab().items() ^ other.get_vocab().items()} <= {one.pad_token, other.pad_token}
-    )
 
 
 class JudgeReward:

@@ -17,8 +17,9 @@ from p3o_lightning.forwards import eval_mode
 from p3o_lightning.generation import Sampling, decode_completions, prediction_rows, sample_completions, sample_with_logps
 from p3o_lightning.phases import phase
 from p3o_lightning.reference import ReferencedPolicy
+from p3o_lightning.responses import Responses
 from p3o_lightning.reward_log import RewardLog, TrainerState
-from p3o_lightning.rewards import Responses, RewardSum
+from p3o_lightning.rewards import RewardSum
 from p3o_lightning.scoring import allows, grouped_completion_logps
 from p3o_lightning.seeds import mix
 from p3o_lightning.vllm_sampling import VLLMSampler

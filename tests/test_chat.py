@@ -144,7 +144,8 @@ def test_the_reward_of_a_conversation_is_the_same_in_training_and_in_rollouts(co
     from p3o_lightning.batches import PromptBatch
     from p3o_lightning.encoding import encode_prompt, encode_response
     from p3o_lightning.generation import decode_completions
-    from p3o_lightning.rewards import Responses, reward_sources
+    from p3o_lightning.responses import Responses
+    from p3o_lightning.rewards import reward_sources
     from p3o_lightning.sequences import pad_left, pad_right
 
     tokenizer = chat_tokenizer()

@@ -34,6 +34,9 @@ LAYERS = [
     {
         "generation",
         "rewards",
+        "function_reward",
+        "model_reward",
+        "responses",
         "reward_judge",
         "pair_scores",
         "reliability",

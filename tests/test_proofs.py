@@ -8,7 +8,7 @@ from tiny import GPT2, LLAMA, PROMPTS, collate, equal, letters, policy, prompts,
 
 from p3o_lightning import InputError, PairwisePolicy, RewardModel, proofs
 from p3o_lightning.callbacks import LastCheckpoint
-from p3o_lightning.rewards import ModelReward
+from p3o_lightning.model_reward import ModelReward
 
 
 def run(module: PairwisePolicy, root, **flags) -> PairwisePolicy:

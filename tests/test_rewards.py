@@ -1,6 +1,6 @@
 """Reward sources: what functions and models are shown, what they may answer, and that a mistake is told in one line.
 
-The power of these tests, found by planting one error at a time in rewards.py:
+The power of these tests, found by planting one error at a time in function_reward.py, model_reward.py and rewards.py:
     planted error                                 first test that fails, without test_
     columns not repeated                          a_function_sees_what_trl_shows_it
     padding among completion_ids                  a_function_sees_what_trl_shows_it
@@ -54,9 +54,12 @@ from p3o_lightning.data_formats import Row
 from p3o_lightning.encoding import Encoder, encode_prompt, encode_response
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import sequence_scores
+from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.generation import decode_completions
+from p3o_lightning.model_reward import ModelReward, same_tokenizer
 from p3o_lightning.models import load_policy, load_reward_backbone
-from p3o_lightning.rewards import FunctionReward, ModelReward, Responses, reward_sources, same_tokenizer, share_of_letter_e
+from p3o_lightning.responses import Responses
+from p3o_lightning.rewards import reward_sources, share_of_letter_e
 from p3o_lightning.scoring import allows
 from p3o_lightning.sequences import pad_left, pad_right
 from p3o_lightning.tokenizers import byte_tokenizer, distinct_pad_token

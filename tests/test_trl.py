@@ -17,8 +17,9 @@ from test_rewards import responses
 from tiny import LLAMA, Recorder, letters, policy, preferences, prompts, share_of_a, trainer
 
 from p3o_lightning import DirectPreferencePolicy, InputError, PairwisePolicy, PreferenceDataModule, RewardModel, SupervisedPolicy, callbacks
+from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.reward_log import RewardLog, TrainerState
-from p3o_lightning.rewards import FunctionReward, reward_sources
+from p3o_lightning.rewards import reward_sources
 
 # ---- data sets, in memory as TRL takes them
 

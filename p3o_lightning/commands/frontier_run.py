@@ -24,8 +24,9 @@ from p3o_lightning.commands.frontier_plan import RunJob, Settings, TaskJob
 from p3o_lightning.errors import InputError, Stopped
 from p3o_lightning.forwards import completion_logits, eval_mode
 from p3o_lightning.frontier import score_win_rate
+from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.generation import Sampling, decode_completions
-from p3o_lightning.rewards import FunctionReward, Responses
+from p3o_lightning.responses import Responses
 from p3o_lightning.seeds import mix
 
 DONE, PATH, LOG = "done.json", "path.jsonl", "log.txt"

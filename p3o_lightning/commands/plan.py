@@ -19,6 +19,7 @@ from p3o_lightning.data import PreferenceDataModule
 from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
+from p3o_lightning.model_reward import ModelReward
 from p3o_lightning.models import (
     DTYPES,
     attach_adapter,
@@ -33,7 +34,6 @@ from p3o_lightning.models import (
 )
 from p3o_lightning.policy import PairwisePolicy, check_settings
 from p3o_lightning.reward_model import RewardModel
-from p3o_lightning.rewards import ModelReward
 from p3o_lightning.sharding import layers_of, splits
 from p3o_lightning.supervised import SupervisedPolicy
 from p3o_lightning.tokenizers import distinct_pad_token, load_tokenizer, tokenizer_source

@@ -19,9 +19,10 @@ from p3o_lightning.commands.report_pages import Pages
 from p3o_lightning.commands.terminal import quiet_libraries
 from p3o_lightning.ensembles import AGGREGATES, Ensemble
 from p3o_lightning.errors import InputError
+from p3o_lightning.model_reward import ModelReward
 from p3o_lightning.pair_scores import RankedPairs, read_pairs, score_pairs, without_eos
 from p3o_lightning.reliability import accuracy, disagreement, eos_effect, report_card
-from p3o_lightning.rewards import ModelReward, reward_sources
+from p3o_lightning.rewards import reward_sources
 from p3o_lightning.tokenizers import byte_tokenizer
 
 PROBED = 512  # pairs that the EOS probe scores once more
