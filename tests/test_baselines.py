@@ -302,6 +302,17 @@ def kl_objective(world: World):
     return value
 
 
+def test_c3_a_batchs_mean_with_the_response_itself_in_it_shortens_the_gradient_of_reinforce():
+    """One prompt of two responses a batch: (N - 1) / N of it is a half."""
+    world, total = make_world(0.0), torch.zeros(15, 3, dtype=torch.float64)
+    for row, chance in zip(PAIRS, world.old_logps.exp()[PAIRS].prod(-1), strict=True):
+        new, batch = of_world(world, row[None])
+        coefs = coefficients(lambda leaf, b=batch: reinforce(leaf, b, kl_coef=BETA, baseline="batch"), new)
+        total = total.index_add(0, row, chance * coefs[0])
+    found = gradient(lambda logits: (token_logps(logits) * total).sum(), world.logits)
+    close(found, -gradient(kl_objective(world), world.logits) / 2, 1e-13)
+
+
 @pytest.mark.parametrize("function", [rloo, reinforce])
 def test_c3_on_policy_the_expected_gradient_is_that_of_reward_less_kl(function):
     world = make_world(0.0)
@@ -325,6 +336,16 @@ def test_c8_rloo_of_two_is_p3o_with_separate_clips_of_the_own_ratio(world):
     close(theirs.loss, ours.loss, 1e-13)
     close(coefs_of(rloo, world, kl_coef=BETA), p3o_coefs(world, **settings), 1e-13)
     close(theirs.clip_fraction, ours.clip_fraction, 1e-13)
+
+
+@off_policy
+@pytest.mark.parametrize("count", [3, 4])
+def test_c8_rloo_of_more_is_that_too_where_nothing_is_clipped(world, count):
+    draws = torch.randint(15, (40, count), generator=torch.Generator().manual_seed(count))
+    settings = {"clipping": "separate", "cross_weight": False, "kl_source": "rollout", "kl_coef": BETA}
+    close(coefs_of(rloo, world, draws, kl_coef=BETA, **FREE), p3o_coefs(world, draws, **settings, **FREE), 1e-13)
+    clipped_apart = coefs_of(rloo, world, draws, kl_coef=BETA) - p3o_coefs(world, draws, **settings)
+    assert clipped_apart.abs().max() > 1e-3  # a pair's term leaves the minimum, not the response's sum of them
 
 
 # ---- H: what is related to P3O ----------------------------------------------------------------------------------------------------------
