@@ -59,7 +59,7 @@ class PairwisePolicy(SamplingPolicy):
         top_k: sample among this many tokens; 0 = off. As top_p.
         clipping: p3o: "joint" boxes the pair's log-odds (P3O-V2), "separate" each ratio (P3O-V1).
         clip_range: half-width of the box: nats (joint), or ratio around 1 (others). None: 0.2, as in the authors' code; gspo 0.0003.
-        clip_level: p3o: "sequence" boxes whole responses, "token" each token's log-probability.
+        clip_level: p3o: "sequence" boxes whole responses, "token" each token's log-probability (with joint clipping).
         clip_reference_length: p3o: tokens at which clip_range holds; it then grows with sqrt(length). None: the same at every length.
         weight_cap: p3o: importance weights are cut to [1/cap, cap]; 10 in the authors' code.
         cross_weight: p3o, "separate" only: weigh each response by the other's ratio, as the authors do.

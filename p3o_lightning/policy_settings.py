@@ -50,6 +50,8 @@ def check_settings(given: dict[str, Any]) -> None:
         ("objective", given["objective"] == "p3o" or given["objective"] in RELATIVES, f"one of p3o, {', '.join(RELATIVES)}"),
         ("clipping", given["clipping"] in ("joint", "separate"), "joint or separate"),
         ("clip_level", given["clip_level"] in ("sequence", "token"), "sequence or token"),
+        # p3o_token_loss has the joint form alone: a separate one would be left out in silence
+        ("clip_level", given["clip_level"] == "sequence" or given["clipping"] == "joint", "sequence with clipping: separate"),
         ("kl_source", given["kl_source"] in ("current", "rollout"), "current or rollout"),
         ("gap_scale", given["gap_scale"] in (None, "rms"), "rms or null"),
         ("generation", given["generation"] in ("local", "vllm"), "local or vllm"),

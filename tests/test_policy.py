@@ -517,6 +517,7 @@ def test_duplicate_rate_by_hand():
         ({"objective": "sppo"}, "model.objective is 'sppo': choose one of p3o, rloo, grpo"),
         ({"clipping": "both"}, "model.clipping is 'both': choose joint or separate"),
         ({"clip_level": "word"}, "model.clip_level is 'word'"),
+        ({"clip_level": "token", "clipping": "separate"}, "model.clip_level is 'token': choose sequence with clipping: separate"),
         ({"kl_source": "now"}, "model.kl_source is 'now'"),
         ({"gap_scale": "std"}, "model.gap_scale is 'std'"),
         ({"temperature": 0.0}, "model.temperature is 0.0"),
