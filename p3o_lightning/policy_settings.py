@@ -52,6 +52,13 @@ def check_settings(given: dict[str, Any]) -> None:
         ("clip_level", given["clip_level"] in ("sequence", "token"), "sequence or token"),
         # p3o_token_loss has the joint form alone: a separate one would be left out in silence
         ("clip_level", given["clip_level"] == "sequence" or given["clipping"] == "joint", "sequence with clipping: separate"),
+        # a response's length says nothing about how far one of its tokens may go
+        (
+            "clip_reference_length",
+            given["clip_reference_length"] is None or given["clip_level"] == "sequence",
+            "null with clip_level: token",
+        ),
+        ("cross_weight", given["cross_weight"] or given["clipping"] == "separate", "true with clipping: joint, which has no other form"),
         ("kl_source", given["kl_source"] in ("current", "rollout"), "current or rollout"),
         ("gap_scale", given["gap_scale"] in (None, "rms"), "rms or null"),
         ("generation", given["generation"] in ("local", "vllm"), "local or vllm"),

@@ -516,6 +516,8 @@ def test_duplicate_rate_by_hand():
         ({"missing_eos_penalty": -1.0}, "model.missing_eos_penalty is -1.0"),
         ({"objective": "sppo"}, "model.objective is 'sppo': choose one of p3o, rloo, grpo"),
         ({"clipping": "both"}, "model.clipping is 'both': choose joint or separate"),
+        ({"clip_level": "token", "clip_reference_length": 9}, "model.clip_reference_length is 9: choose null with clip_level: token"),
+        ({"cross_weight": False}, "model.cross_weight is False: choose true with clipping: joint"),
         ({"clip_level": "word"}, "model.clip_level is 'word'"),
         ({"clip_level": "token", "clipping": "separate"}, "model.clip_level is 'token': choose sequence with clipping: separate"),
         ({"kl_source": "now"}, "model.kl_source is 'now'"),
