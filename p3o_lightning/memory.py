@@ -15,8 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from p3o_lightning.casting import STEPS
+
 # Float32 copies of the logits at the peak of a backward, the saved one included; measured on a CPU with torch.profiler.
-COPIES = {"policy": 4, "supervised": 3}  # of gather and logsumexp; of cross_entropy
+COPIES = {"policy": 4, "direct": 4, "supervised": 3}  # of gather and logsumexp; of both again; of cross_entropy
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class Model:
         heads: of the queries.
         key_value: key-value heads x head size.
         vocabulary: V; 0 for a model with a scalar head.
+        linear: float32 weights of linear layers, adapters' too, and a tied head: what casting.py copies to sample and score.
         weight_bytes: w.
         rank: of LoRA adapters on all linear layers; 0 trains the weights themselves.
         adapter_bytes: v, of the adapters.
+        critic: PPO's head of h + 1 values is counted among what trains.
         eager: attention that keeps its weights, t of them a head and token; else PyTorch's fused one, which does not.
     """
 
@@ -54,9 +58,11 @@ class Model:
     heads: int
     key_value: int
     vocabulary: int
+    linear: int = 0
     weight_bytes: int = 4
     rank: int = 0
     adapter_bytes: int = 4
+    critic: bool = False
     eager: bool = False
 
 
@@ -74,6 +80,9 @@ class Work:
         split: weights, gradients and optimizer state are shared out (fsdp2); else every process holds all (ddp).
         autocast: linear layers run in half precision over float32 weights (trainer.precision 16-mixed, bf16-mixed).
         moments: values that the optimizer keeps for each trained weight; AdamW keeps 2.
+        token_values: float32 values that the experience holds for each completion token: log-probabilities under policy and reference,
+            of PPO the critic's value, and of a vLLM server's responses the log-probability under it.
+        cpu: the run is on a CPU.
     """
 
     prompts: int
@@ -85,6 +94,8 @@ class Work:
     split: bool = False
     autocast: bool = False
     moments: int = 2
+    token_values: int = 2
+    cpu: bool = False
 
     @property
     def rows(self) -> int:
@@ -120,7 +131,8 @@ def llama(
     key_value = key_value_heads * size
     linear = [(hidden, hidden), (hidden, key_value), (hidden, key_value), (hidden, hidden)]
     linear += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
-    plain = sum(one * other for one, other in linear) + 2 * hidden
+    multiplied = sum(one * other for one, other in linear)
+    plain = multiplied + 2 * hidden
     adapter = rank * sum(one + other for one, other in linear)
     head = hidden if scalar else 0 if tied else vocabulary * hidden
     base = layers * plain + vocabulary * hidden + head + hidden
@@ -138,8 +150,22 @@ def llama(
         heads=heads,
         key_value=key_value,
         vocabulary=0 if scalar else vocabulary,
+        linear=layers * adapter + (layers * multiplied + (hidden if scalar else vocabulary * hidden) if weight_bytes == 4 else 0),
         weight_bytes=weight_bytes,
         rank=rank,
+    )
+
+
+def with_critic(model: Model, weight_bytes: int = 4) -> Model:
+    """The model with PPO's critic beside it, which trains: a head of h weights and a bias."""
+    head = model.hidden + 1
+    return replace(
+        model,
+        parameters=model.parameters + head,
+        trained=model.trained + head,
+        weights=model.weights + head * weight_bytes,
+        trained_weights=model.trained_weights + head * weight_bytes,
+        critic=True,
     )
 
 
@@ -211,12 +237,27 @@ def drawing_bytes(model: Model, work: Work, rows: int) -> int:
     return rows * model.vocabulary * (computed_in(model, work) + 16)
 
 
+def copied_bytes(model: Model, work: Work) -> int:
+    """The linear layers' weights once more, while responses are sampled: in half precision under autocast; transposed, in float32 on a CPU
+    where there are so many tokens to come that it pays.
+    """
+    if work.autocast:
+        return 2 * model.linear
+    return 4 * model.linear if work.cpu and work.completion_tokens >= STEPS else 0
+
+
+def value_bytes(model: Model, work: Work) -> int:
+    """What the critic reads, the hidden states of the completions in float32: 4 rows n h."""
+    return 4 * work.rows * work.completion_tokens * model.hidden if model.critic else 0
+
+
 def experience_bytes(work: Work) -> int:
     """One rollout on the host: prompts (9 p + K (17 n + 4)).
 
-    Ids are int64, masks bytes, and float32 two log-probabilities a token and a score a response.
+    Ids are int64, masks bytes, and float32 two log-probabilities a token and a score a response; what else there is of a token adds 4 n.
     """
-    return work.prompts * (9 * work.prompt_tokens + work.responses * (17 * work.completion_tokens + 4))
+    token = 9 + 4 * work.token_values
+    return work.prompts * (9 * work.prompt_tokens + work.responses * (token * work.completion_tokens + 4))
 
 
 def checkpoint_bytes(model: Model, work: Work) -> int:
@@ -266,16 +307,15 @@ class Estimate:
 def training_parts(model: Model, work: Work, copies: int = 0) -> list[Part]:
     """What every stage has: weights, gradients, optimizer, and what a backward keeps. Under fsdp2 shares of 1/N of the first three.
 
-    Gradients are counted in full beside all activations, which is exact where they accumulate, and else a little too much. `copies` of
-    the logits are alive at the peak.
+    Gradients are counted in full beside all activations, which is exact where they accumulate, and else a little too much; Lightning keeps
+    them from one update to the next backward, while the next batch is sampled and scored. `copies` of the logits are alive at the peak.
     """
     split = work.processes if work.split else 1
     share = "" if split == 1 else f" / {split} processes"
-    trains: tuple[Phase, ...] = ("backward", "step")
     parts = [
         Part("policy", f"parameters x bytes{share}", model.weights // split),
         Part("optimizer", f"{work.moments} x trained weights{share}", work.moments * model.trained_weights // split),
-        Part("gradients", f"trained weights{share}", model.trained_weights // split, trains),
+        Part("gradients", f"trained weights{share}", model.trained_weights // split),
         Part(
             "activations", "rows x tokens x what each layer keeps", activation_bytes(model, work) - logit_bytes(model, work), ("backward",)
         ),
@@ -284,10 +324,14 @@ def training_parts(model: Model, work: Work, copies: int = 0) -> list[Part]:
     if model.vocabulary:
         formula = f"{copies} x rows x completion tokens x vocabulary, float32"
         parts.append(Part("logits", formula, copies * logit_bytes(model, work), ("backward",)))
+    if model.critic:
+        parts.append(
+            Part("values", "rows x completion tokens x hidden, float32 (critic)", value_bytes(model, work), ("scoring", "backward"))
+        )
     if work.autocast:
         parts.append(Part("half-precision copies", "2 x parameters (autocast)", 2 * model.parameters, ("backward",)))
     if work.processes > 1 and not work.split:
-        parts.append(Part("buckets", "trained weights (DDP)", model.trained_weights, trains))
+        parts.append(Part("buckets", "trained weights (DDP)", model.trained_weights))
     if work.split:
         rest = model.weights - model.layers * model.block
         parts.append(Part("gathered layers", "embeddings and head, two layers, their gradients", 2 * rest + 3 * model.block, ("backward",)))
@@ -304,34 +348,67 @@ def reward(model: Model, work: Work) -> Estimate:
     return Estimate(training_parts(model, work), 0, checkpoint_bytes(model, replace(work, prompts=0)))
 
 
-def policy(model: Model, work: Work, *, reference: Model | None, rewards: list[Model], reward_rows: int) -> Estimate:
-    """P3O. `reference` None: the policy with its adapter switched off, which takes nothing; `reward_rows` are scored at once.
+def direct(model: Model, work: Work, *, reference: Model | None) -> Estimate:
+    """DPO: two rows a pair, read whole by the reference and then by the policy, with logits at every position. `reference` as in `policy`.
 
-    Under fsdp2 a process holds the whole policy while it samples and scores, so that `generate` needs no collective.
+    All of a row is counted as its response, `work.completion_tokens`: only a response's logits are copied in float32.
+    """
+    parts = [*training_parts(model, work, COPIES["direct"]), reference_part(reference, work)]
+    reader = reference or model
+    logits = work.rows * work.tokens * reader.vocabulary * (computed_in(reader, work) + 8)
+    scored = max(forward_bytes(reader, work, work.rows, work.tokens, 0), logits)
+    parts.append(Part("scoring", "logits of a batch and two float32 copies, or one layer of it", scored, ("scoring",)))
+    return Estimate(parts, 0, checkpoint_bytes(model, replace(work, prompts=0)))
+
+
+def reference_part(reference: Model | None, work: Work) -> Part:
+    """Its weights; None: the policy with its adapter switched off, which takes nothing."""
+    if reference is None:
+        return Part("reference", "the policy without its adapter: nothing", 0)
+    split = work.processes if work.split else 1
+    return Part("reference", f"parameters x bytes{'' if split == 1 else f' / {split} processes'}", reference.weights // split)
+
+
+def policy(model: Model, work: Work, *, reference: Model | None, rewards: list[Model], reward_rows: int, served: bool = False) -> Estimate:
+    """P3O or a relative. `reference` None: the policy with its adapter switched off; `reward_rows` are scored at once.
+
+    Under fsdp2 a process holds the whole policy while it samples and scores, so that `generate` needs no collective. `served`: a vLLM
+    server samples; of adapters it is given a merged copy, and of what is split one that is gathered on the first process's host.
     """
     split = work.processes if work.split else 1
     share = "" if split == 1 else f" / {split} processes"
-    rollout: tuple[Phase, ...] = ("sampling", "scoring")
     rows = work.prompts * work.responses
-    parts = training_parts(model, work, COPIES["policy"])
-    parts.append(
-        Part("reference", "the policy without its adapter: nothing", 0)
-        if reference is None
-        else Part("reference", f"parameters x bytes{share}", reference.weights // split)
-    )
+    parts = [*training_parts(model, work, COPIES["policy"]), reference_part(reference, work)]
     if rewards:
         parts.append(Part("reward", f"parameters x bytes{share}", sum(item.weights for item in rewards) // split))
     if work.split:
-        parts.append(Part("gathered policy", "parameters x bytes, whole on every process", model.weights, rollout))
-    read = work.tokens - 1  # the last token drawn is not read
-    parts.append(
-        Part("key-value cache", "2 x layers x key-value size x bytes x rows x tokens", cache_bytes(model, rows, read), ("sampling",))
-    )
-    sampled = max(drawing_bytes(model, work, rows), forward_bytes(model, work, work.prompts, work.prompt_tokens, 1))
-    parts.append(Part("drawing", "logits of a token a row, or a layer of the prompts", sampled, ("sampling",)))
+        gathered: tuple[Phase, ...] = ("scoring",) if served else ("sampling", "scoring")
+        parts.append(Part("gathered policy", "parameters x bytes, whole on every process", model.weights, gathered))
+    if served and (model.rank or work.split):
+        parts.append(Part("weights for the server", "parameters x bytes, on the first process", model.weights, ("sampling",)))
+    if not served:
+        parts += sampling_parts(model, work)
     each = [(model, work.rows, work.completion_tokens), *((item, min(reward_rows, rows), 0) for item in rewards)]
     if reference is not None:
         each.append((reference, work.rows, work.completion_tokens))
     scored = max(forward_bytes(item, work, count, work.tokens, positions) for item, count, positions in each)
     parts.append(Part("scoring", "logits of a micro-batch, or one layer of it", scored, ("scoring",)))
+    if work.autocast:
+        largest = max(item.linear for item, *_ in each)
+        parts.append(Part("cast weights", "2 x linear weights of one model (autocast)", 2 * largest, ("scoring",)))
     return Estimate(parts, experience_bytes(work), checkpoint_bytes(model, work))
+
+
+def sampling_parts(model: Model, work: Work) -> list[Part]:
+    """What drawing the responses takes in the policy's own process."""
+    rows, read = work.prompts * work.responses, work.tokens - 1  # the last token drawn is not read
+    cache = "2 x layers x key-value size x bytes x rows x tokens"
+    drawn = max(drawing_bytes(model, work, rows), forward_bytes(model, work, work.prompts, work.prompt_tokens, 1))
+    parts = [
+        Part("key-value cache", cache, cache_bytes(model, rows, read), ("sampling",)),
+        Part("drawing", "logits of a token a row, or a layer of the prompts", drawn, ("sampling",)),
+    ]
+    if copied := copied_bytes(model, work):
+        formula = "2 x linear weights (autocast)" if work.autocast else "4 x linear weights, transposed (float32 on a CPU)"
+        parts.append(Part("copied weights", formula, copied, ("sampling",)))
+    return parts

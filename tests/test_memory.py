@@ -13,11 +13,16 @@ from tiny import LLAMA, PROMPTS, collate, policy, prompts, trainer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from p3o_lightning import generation, memory
+from p3o_lightning import PairwisePolicy, generation, memory
+from p3o_lightning.batches import PairBatch
 from p3o_lightning.callbacks import LastCheckpoint
+from p3o_lightning.casting import STEPS, laid_out
+from p3o_lightning.critic import Critic
+from p3o_lightning.direct import pair_logps
 from p3o_lightning.forwards import completion_logps
 from p3o_lightning.generation import Sampling, sample_completions
 from p3o_lightning.models import attach_adapter
+from p3o_lightning.scoring import grouped_logps_and_hidden, rows_apart
 from p3o_lightning.stage import Stage
 
 SHAPES = {
@@ -80,6 +85,8 @@ def test_the_sizes_of_a_llama_are_those_of_its_shape(shape, options):
     assert sizes.weights == nbytes(model.parameters())
     assert sizes.trained_weights == nbytes(trained)
     assert sizes.block == nbytes(block.parameters())
+    linear = [item.weight for item in model.modules() if type(item) is torch.nn.Linear]
+    assert sizes.linear == sum(weight.numel() for weight in linear if weight.dtype == torch.float32)
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "rank": 4}])
@@ -96,6 +103,22 @@ def test_weights_gradients_and_optimizer_are_exact_after_an_update(options):
     assert estimate.size("optimizer") == nbytes(item for values in state for name, item in values.items() if name != "step")
 
 
+def test_gradients_stay_while_the_next_rollout_is_made(tmp_path):
+    """They are freed by the next backward alone, so that they are there beside the cache."""
+    held = []
+
+    class Weighed(PairwisePolicy):
+        def rollout_step(self, prompts):
+            held.append(nbytes(item.grad for item in self.model.parameters() if item.grad is not None))
+            return super().rollout_step(prompts)
+
+    stage = policy(Weighed)
+    trainer(tmp_path, max_steps=2).fit(stage, stage.wrap_train_dataloader(prompts()))
+    estimate = memory.policy(sizes_of("small"), WORKS["small"], reference=None, rewards=[], reward_rows=1)
+    (gradients,) = [part for part in estimate.parts if part.name == "gradients"]
+    assert held == [0, nbytes(stage.model.parameters())] and gradients.phases == memory.PHASES
+
+
 def test_the_cache_is_exact(monkeypatch):
     kept, new = [], generation._new_cache
     monkeypatch.setattr(generation, "_new_cache", lambda *given: kept.append(new(*given)) or kept[0])
@@ -108,10 +131,11 @@ def test_the_cache_is_exact(monkeypatch):
     assert estimate.size("key-value cache") == held > 0
 
 
-def test_the_experience_is_exact():
-    stage = policy()
+@pytest.mark.parametrize("objective", ["p3o", "ppo"])
+def test_the_experience_is_exact(objective):
+    stage = policy(objective=objective)
     made = stage.rollout_step(collate(PROMPTS[:4]))
-    work = memory.Work(4, 4, 2, made.prompt_tokens.shape[1], made.completion_tokens.shape[2])
+    work = memory.Work(4, 4, 2, made.prompt_tokens.shape[1], made.completion_tokens.shape[2], token_values=2 + (objective == "ppo"))
     assert memory.experience_bytes(work) == nbytes(item for item in made if item is not None)
 
 
@@ -129,7 +153,28 @@ def test_the_checkpoint_is_as_large_as_its_file(rank, tmp_path):
 # ---- what a backward needs
 
 
-def saved_bytes(model, work, vocabulary, autocast):
+def completions(model, work, vocabulary):
+    return completion_logps(model, *batch(work, vocabulary, work.micro_batch))
+
+
+def pairs(model, work, vocabulary):
+    """As DPO reads them: two rows a pair, the prompt of one token."""
+    shape = work.micro_batch, 2, work.tokens
+    real = torch.ones(shape, dtype=torch.bool)
+    lengths = torch.full(shape[:2], work.completion_tokens)
+    lengths[0, 0] -= 1
+    real[0, 0, -1] = False  # else attention needs no mask
+    return pair_logps(model, PairBatch(torch.randint(vocabulary, shape), real, lengths, None))
+
+
+def with_values(model, work, vocabulary):
+    """As PPO reads completions, a padded row for each."""
+    with rows_apart():
+        logps, hidden = grouped_logps_and_hidden(model, *batch(work, vocabulary, work.micro_batch))
+    return logps + Critic(model)(hidden, torch.ones(logps.shape, dtype=torch.bool))
+
+
+def saved_bytes(model, work, vocabulary, autocast, read=completions):
     """Storage that autograd keeps, each counted once; the model's own weights and buffers are not."""
     own = {item.untyped_storage().data_ptr() for item in [*model.parameters(), *model.buffers()]}
     kept = {}
@@ -142,14 +187,17 @@ def saved_bytes(model, work, vocabulary, autocast):
 
     half = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
     with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logps = completion_logps(model, *batch(work, vocabulary, work.micro_batch))
+        logps = read(model, work, vocabulary)
     assert logps.requires_grad  # the graph is alive: no address was used twice
     return sum(kept.values())
 
 
+KINDS = ["float32", "bfloat16", "float32 adapter", "bfloat16 adapter", "autocast", "autocast adapter"]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float32 adapter", "bfloat16 adapter", "autocast", "autocast adapter"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_autograd_keeps(kind, shape, attention):
     dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
     options = {"dtype": dtype, "rank": 4 if "adapter" in kind else 0, "attention": attention, "tied": True}
@@ -159,6 +207,21 @@ def test_activations_are_what_autograd_keeps(kind, shape, attention):
     tolerance = 0.06 if sizes.rank else 0.012  # the first block of a model with adapters keeps less
     expected = memory.activation_bytes(sizes, work) + copies
     assert expected == pytest.approx(saved_bytes(build(shape, **options), work, sizes.vocabulary, work.autocast), rel=tolerance)
+
+
+@pytest.mark.parametrize("read", [pairs, with_values])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_activations_of_pairs_and_of_a_critic_are_what_autograd_keeps(kind, read):
+    dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
+    options = {"dtype": dtype, "rank": 4 if "adapter" in kind else 0, "tied": True}
+    work = replace(memory.Work(4, 3, 2, 1, 35) if read is pairs else WORKS["wide"], autocast="autocast" in kind)
+    sizes = sizes_of("wide", **options)
+    expected = memory.activation_bytes(sizes, work) + (2 * sizes.parameters if work.autocast else 0)
+    if read is with_values:
+        assert memory.value_bytes(sizes, work) == 0
+        expected += memory.value_bytes(memory.with_critic(sizes), work)
+    tolerance = 0.06 if sizes.rank else 0.012
+    assert expected == pytest.approx(saved_bytes(build("wide", **options), work, sizes.vocabulary, work.autocast, read), rel=tolerance)
 
 
 def peak(function):
@@ -181,19 +244,59 @@ def test_the_backward_of_logits_needs_as_many_copies_as_counted():
     unit = 4 * work.rows * work.completion_tokens * vocabulary
     logps = completion_logps(model, *batch(work, vocabulary, 2)).sum()
     assert 1 + peak(logps.backward)[0] / unit == pytest.approx(memory.COPIES["policy"], rel=0.1)  # the saved one, and what is made
+    preferred = pairs(model, replace(work, prompt_tokens=1, completion_tokens=10), vocabulary).sum()
+    unit = 4 * work.rows * 10 * vocabulary
+    assert 1 + peak(preferred.backward)[0] / unit == pytest.approx(memory.COPIES["direct"], rel=0.1)
     tokens = torch.randint(vocabulary, (work.rows, work.completion_tokens))
+    unit = 4 * work.rows * work.completion_tokens * vocabulary
     loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten(), reduction="sum")
     assert 1 + peak(loss.backward)[0] / unit == pytest.approx(memory.COPIES["supervised"], rel=0.1)
+
+
+def test_a_reference_reads_pairs_in_as_much_as_counted():
+    """As above, in both precisions: the logits of all positions, and those of the responses twice."""
+    work, vocabulary = memory.Work(2, 2, 2, 1, 29), 20_000
+    shape = {"hidden": 4, "intermediate": 4, "layers": 1, "heads": 1, "key_value_heads": 1, "vocabulary": vocabulary}
+    config = LlamaConfig(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, vocab_size=vocabulary)
+    for dtype in (torch.float32, torch.bfloat16):
+        reference = AutoModelForCausalLM.from_config(config).to(dtype)
+        sizes = memory.llama(**shape, weight_bytes=dtype.itemsize)
+        with torch.no_grad():
+            found = peak(lambda model=reference: pairs(model, work, vocabulary))[0]
+        assert memory.direct(sizes, work, reference=sizes).size("scoring") == pytest.approx(found, rel=0.1)
+
+
+# ---- copies for sampling
+
+
+@pytest.mark.parametrize("tokens", [STEPS, STEPS - 1])
+@pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16", "float32 adapter", "bfloat16 adapter"])
+def test_weights_copied_to_sample_are_as_large_as_counted(kind, tokens):
+    options = {"dtype": torch.bfloat16 if kind.startswith("bfloat16") else torch.float32, "rank": 4 if "adapter" in kind else 0}
+    model, sizes = build("wide", tied=True, **options), sizes_of("wide", tied=True, **options)
+    work = replace(WORKS["wide"], completion_tokens=tokens, autocast=kind == "autocast", cpu=True)
+    half = torch.autocast("cpu", torch.bfloat16) if work.autocast else contextlib.nullcontext()
+
+    def enter():
+        with torch.no_grad(), half, laid_out(model, tokens):
+            pass
+
+    assert memory.copied_bytes(sizes, work) == pytest.approx(peak(enter)[0], rel=0.005)
+    copies = work.autocast or (tokens == STEPS and kind != "bfloat16")
+    assert (memory.copied_bytes(sizes, work) > 0) == copies
+    estimate = memory.policy(sizes, work, reference=None, rewards=[], reward_rows=1)
+    assert [part.phases for part in estimate.parts if part.name == "copied weights"] == [("sampling",)] * copies
+    assert estimate.size("cast weights") == (2 * sizes.linear if work.autocast else 0)
 
 
 # ---- a run
 
 
-def planned(size, rank=0, **options):
+def planned(size, rank=0, served=False, **options):
     model = memory.llama(**size, weight_bytes=2, rank=rank)
     head = memory.llama(**size, weight_bytes=2, scalar=True)
     work = memory.Work(prompts=16, micro_batch=2, responses=2, prompt_tokens=512, completion_tokens=256, **options)
-    return memory.policy(model, work, reference=None if rank else model, rewards=[head], reward_rows=32)
+    return memory.policy(model, work, reference=None if rank else model, rewards=[head], reward_rows=32, served=served)
 
 
 LLAMAS = {
@@ -223,6 +326,23 @@ def test_splitting_shares_out_what_is_kept_and_gathers_the_policy_to_sample():
     assert split.size("gathered policy") == alone.size("policy") and ddp.size("gathered policy") == 0
     assert ddp.size("buckets") == alone.size("gradients") and split.size("buckets") == alone.size("buckets") == 0
     assert split.size("activations") == alone.size("activations")  # a batch is counted on each process
+
+
+def test_a_server_samples_in_memory_of_its_own():
+    """It is given the weights as they lie there; of adapters, a merged copy."""
+    local, served = planned(LLAMAS["1B"]), planned(LLAMAS["1B"], served=True)
+    for name in ("key-value cache", "drawing"):
+        assert served.size(name) == 0 < local.size(name)
+    assert "sampling" not in served.phases and served.phases["backward"] == local.phases["backward"]
+    adapter = planned(LLAMAS["1B"], rank=16, served=True)
+    assert adapter.size("weights for the server") == adapter.size("policy") and adapter.size("key-value cache") == 0
+
+
+def test_a_critic_is_counted_where_it_trains():
+    model = memory.llama(**LLAMAS["1B"])
+    both, head = memory.with_critic(model), 2049
+    assert both.parameters - model.parameters == both.trained - model.trained == head
+    assert both.weights - model.weights == both.trained_weights - model.trained_weights == 4 * head
 
 
 def test_an_adapter_needs_no_reference_and_little_state():

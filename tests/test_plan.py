@@ -12,8 +12,9 @@ import yaml
 from running import python
 from tiny import LLAMA, letters, policy, prompts, trainer
 
-from p3o_lightning import PairwisePolicy, RewardModel
+from p3o_lightning import DirectPreferencePolicy, PairwisePolicy, RewardModel
 from p3o_lightning.callbacks import LastCheckpoint
+from p3o_lightning.casting import STEPS
 from p3o_lightning.commands import plan, plan_page
 from p3o_lightning.commands.trainer import main
 from p3o_lightning.errors import InputError
@@ -42,6 +43,7 @@ def test_a_config_of_each_stage(p3o):
     parts = {
         "sft": ["SupervisedPolicy", "backward", "20 updates x 8 rows = 160 rows"],
         "reward": ["RewardModel", "backward", "20 updates x 8 pairs = 160 pairs"],
+        "direct": ["DirectPreferencePolicy", "backward", "scoring", "reference", "20 updates x 8 pairs = 160 pairs"],
         "policy": [
             "PairwisePolicy, training 66,576 of 66,576 parameters",
             "sampling",
@@ -87,6 +89,54 @@ def test_the_sizes_are_those_of_the_model_that_fit_builds(p3o):
         assert made.estimate.size("gradients") == sum(item.numel() * item.element_size() for item in parameters if item.requires_grad)
         assert made.estimate.size("reference") == (0 if "peft_config" in settings else made.estimate.size("policy"))
         assert (made.work.rows, made.work.prompt_tokens, made.work.completion_tokens) == (8, 256, 12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"peft_config": {"r": 4}}, {"dtype": "bfloat16"}], ids=str)
+def test_the_sizes_of_pairs_and_their_reference_are_those_of_the_run(p3o, settings):
+    made = planned(p3o, "configs/debug/direct.yaml", **of_model(**settings))
+    real = DirectPreferencePolicy(made.given["model"], tokenizer="bytes", **settings)
+    parameters = list(real.model.parameters())
+    beside = 0 if real.reference is real.model else sum(item.numel() * item.element_size() for item in real.reference.parameters())
+    assert made.estimate.size("policy") == sum(item.numel() * item.element_size() for item in parameters)
+    assert made.estimate.size("gradients") == sum(item.numel() * item.element_size() for item in parameters if item.requires_grad)
+    assert made.estimate.size("reference") == beside and (beside > 0) == ("peft_config" not in settings)
+    assert (made.work.rows, made.work.tokens) == (16, 256)
+
+
+def test_a_critic_is_part_of_what_trains(p3o):
+    plain, made = planned(p3o, DEBUG), planned(p3o, DEBUG, **of_model(objective="ppo"))
+    real = PairwisePolicy(made.given["model"], made.given["reward_funcs"], tokenizer="bytes", objective="ppo")
+    size = sum(item.numel() * item.element_size() for item in real.parameters())
+    assert made.estimate.size("policy") == made.estimate.size("gradients") == made.estimate.size("optimizer") / 2 == size
+    assert made.estimate.size("reference") == plain.estimate.size("reference") == plain.estimate.size("policy") < size
+    assert made.estimate.size("values") > plain.estimate.size("values") == 0
+    assert made.estimate.host - plain.estimate.host == 4 * 8 * 2 * 12  # a value for each token of 8 x 2 responses
+
+
+def test_a_server_samples_instead_of_the_run(p3o):
+    local, made = planned(p3o, DEBUG), planned(p3o, DEBUG, "configs/vllm.yaml")
+    for name in ("key-value cache", "drawing"):
+        assert local.estimate.size(name) > made.estimate.size(name) == 0
+    assert made.estimate.host - local.estimate.host == 4 * 8 * 2 * 12  # each token's log-probability under the server
+
+
+def test_weights_laid_out_to_sample_are_counted_on_a_cpu(p3o, monkeypatch):
+    long = {"max_completion_length": STEPS}
+    made = planned(p3o, DEBUG, **of_model(**long))
+    real = PairwisePolicy(made.given["model"], made.given["reward_funcs"], tokenizer="bytes")
+    linear = [item.weight for item in real.model.modules() if isinstance(item, torch.nn.Linear)]
+    size = 4 * sum(weight.numel() for weight in linear)
+    assert made.estimate.size("copied weights") == size > 0
+    for settings in ({}, {**long, "dtype": "bfloat16"}, {**long, "generation": "vllm"}):
+        assert planned(p3o, DEBUG, **of_model(**settings)).estimate.size("copied weights") == 0
+    mixed = {"trainer": {"precision": "bf16-mixed"}}
+    assert planned(p3o, DEBUG, **mixed).estimate.size("copied weights") == size / 2
+    rounded = planned(p3o, DEBUG, **of_model(**long), trainer={"precision": "bf16-true"})
+    assert rounded.estimate.size("copied weights") == 0
+    assert planned(p3o, DEBUG, **of_model(**long, torch_compile=True)).estimate.size("copied weights") == size  # it samples as written
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert planned(p3o, DEBUG, **of_model(**long), trainer={"accelerator": "auto"}).estimate.size("copied weights") == 0
 
 
 def test_the_trainers_precision_changes_weights_or_activations(p3o):

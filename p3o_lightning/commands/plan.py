@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from p3o_lightning import memory
 from p3o_lightning.commands.machine import memory_here
 from p3o_lightning.data import PreferenceDataModule
+from p3o_lightning.direct import DirectPreferencePolicy
 from p3o_lightning.ensembles import Ensemble
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
@@ -63,10 +65,13 @@ class Plan:
         elif issubclass(self.stage, RewardModel):
             self.model, self.work = self._model(load_reward_backbone), self._work(self.batch_size, 2, self.longest, 0)
             self.estimate = memory.reward(self.model, self.work)
+        elif issubclass(self.stage, DirectPreferencePolicy):
+            self.model, self.work = self._model(load_policy), self._work(self.batch_size, 2, 0, self.longest)
+            self.estimate = memory.direct(self.model, self.work, reference=self._reference(self.model))
         else:
             raise InputError(
-                f"model.class_path is {self.stage.__name__}, of which there is no estimate: plan a SupervisedPolicy, a RewardModel or a "
-                "PairwisePolicy."
+                f"model.class_path is {self.stage.__name__}, of which there is no estimate: plan a SupervisedPolicy, a RewardModel, a "
+                "PairwisePolicy or a DirectPreferencePolicy."
             )
 
     # ---- the stages
@@ -77,20 +82,26 @@ class Plan:
         if self.batch_size % micro_batch:
             raise InputError(f"model.micro_batch_size is {micro_batch}, but data.batch_size is {self.batch_size}: choose a divisor of it.")
         model = self._model(load_policy)
-        work = self._work(micro_batch, self.given["num_generations"], self.prompt, self.given["max_completion_length"])
-        reference: memory.Model | None = None
-        if self.given["reference"] is not None:
-            reference = self._model(load_policy, self.given["reference"], adapter=None)
-        elif not model.rank:
-            reference = model
+        reference, served, critic = self._reference(model), self.given["generation"] == "vllm", self.given["objective"] == "ppo"
+        work = self._work(
+            micro_batch, self.given["num_generations"], self.prompt, self.given["max_completion_length"], token_values=2 + served + critic
+        )
         sources = self.given["reward_funcs"]
         sources = [] if sources is None else sources if isinstance(sources, list | tuple) else [sources]
         sources = [member for source in sources for member in _members(source)]
         rewards = [network for source in sources if (network := self._reward(source, model)) is not None]
-        estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=ModelReward.batch_rows)
+        if critic:
+            model = memory.with_critic(model, self.rounded or 4)
+        estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=ModelReward.batch_rows, served=served)
         return model, work, estimate
 
-    def _work(self, micro_batch: int, responses: int, prompt: int, completion: int) -> memory.Work:
+    def _reference(self, model: memory.Model) -> memory.Model | None:
+        """The reference's sizes; None where it is the policy with its adapter off."""
+        if self.given["reference"] is not None:
+            return self._model(load_policy, self.given["reference"], adapter=None)
+        return None if model.rank else model
+
+    def _work(self, micro_batch: int, responses: int, prompt: int, completion: int, token_values: int = 2) -> memory.Work:
         return memory.Work(
             prompts=self.batch_size,
             micro_batch=micro_batch,
@@ -101,7 +112,14 @@ class Plan:
             split=self.split and self.processes > 1,
             autocast=self.autocast,
             moments=self._moments(),
+            token_values=token_values,
+            cpu=self._on_cpu(),
         )
+
+    def _on_cpu(self) -> bool:
+        """Whether the run is on a CPU, as Lightning would choose here."""
+        accelerator = self.trainer.accelerator
+        return accelerator == "cpu" or (accelerator == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available()))
 
     def _moments(self) -> int:
         """Values that the optimizer keeps for each weight; where it is not known, as many as AdamW."""
@@ -163,6 +181,7 @@ class Plan:
         intermediate = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
         if config.model_type not in GATED:
             self.notes.append(f"activations are those of a Llama block; those of {config.model_type} may differ")
+        linear = [layer.weight for layer in model.modules() if type(layer) is nn.Linear]
         adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         return memory.Model(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -177,6 +196,7 @@ class Plan:
             heads=heads,
             key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
             vocabulary=0 if is_classifier(base) else base.get_input_embeddings().num_embeddings,
+            linear=0 if rounded else sum(weight.numel() for weight in linear if weight.dtype == torch.float32),
             weight_bytes=rounded or next(base.get_input_embeddings().parameters()).element_size(),
             rank=model.peft_config[model.active_adapter].r if is_adapted(model) else 0,
             adapter_bytes=rounded or (adapters[0].element_size() if adapters else 4),
@@ -203,7 +223,7 @@ class Plan:
         accumulate, each = self.trainer.accumulate_grad_batches, self.batch_size * self.processes
         if not issubclass(self.stage, PairwisePolicy):
             rows = each * accumulate
-            what = "pairs" if issubclass(self.stage, RewardModel) else "rows"
+            what = "pairs" if issubclass(self.stage, RewardModel | DirectPreferencePolicy) else "rows"
             known = f"{steps:,} updates x {rows:,} {what} = {steps * rows:,} {what}" if steps > 0 else ""
             return known or f"{what} / {rows:,} updates an epoch, {1000 if epochs is None else epochs} epochs"
         passes, micro_batches = self.given["num_iterations"], self.batch_size // self.work.micro_batch
