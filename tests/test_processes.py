@@ -397,6 +397,34 @@ def test_the_export_is_one_whole_transformers_folder(kind, adapter, name, tmp_pa
         assert torch.allclose(loaded[f"{name}.weight"], merged, atol=1e-6)
 
 
+def exported_with_adapter(folder, kind, base):
+    settings = {"model": base, "peft_config": {"r": 2, "lora_alpha": 8}}
+    return train(folder, kind, "fsdp2", 2, 2, settings, callbacks=[Export(adapter=True)], max_steps=2)[0]
+
+
+@pytest.mark.parametrize("kind", ["policy", slow("supervised"), slow("reward")])
+def test_the_adapter_of_a_split_model_alone_on_its_base_is_the_merged_model(kind, tmp_path):
+    """As on one process: PEFT finds the base by the name in the adapter's config, and the adapter is as it was trained."""
+    from peft import PeftModel
+
+    base = str(stage_of("supervised").export(tmp_path / "base"))
+    trained = on_two(tmp_path, exported_with_adapter, tmp_path, kind, base)[0]
+    folder = tmp_path / "export/adapter"
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+
+    head = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    again = PeftModel.from_pretrained(head.from_pretrained(base, **({"num_labels": 1} if kind == "reward" else {})), folder).eval()
+    ups = {f"model.{name}": value for name, value in again.state_dict().items() if "lora_B" in name}
+    assert ups and far_apart(ups, {name: trained[name] for name in ups}) == 0
+    tokens = torch.tensor([[0, 1, 2, 3], [3, 4, 5, 6]])
+    merged = head.from_pretrained(tmp_path / "export")
+    again.config.pad_token_id = merged.config.pad_token_id
+    assert torch.allclose(again(tokens).logits, merged(tokens).logits, atol=1e-5)
+    with again.disable_adapter():
+        assert (again(tokens).logits - merged(tokens).logits).abs().max() > 1e-3
+
+
 # ---- the command
 
 
