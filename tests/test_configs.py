@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from running import scalars
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from p3o_lightning import DirectPreferencePolicy, PairwisePolicy, RewardModel, SupervisedPolicy
@@ -88,6 +89,28 @@ def test_its_stages_train_in_a_row(p3o, family, monkeypatch):
         assert sorted(path.name for path in root.iterdir()) == ["checkpoints", "config.yaml", "export", "logs"]
         head = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
         head.from_pretrained(root / "export")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_counts_to_its_validation_over_the_ends_of_epochs(name):
+    """Else Lightning refuses an interval longer than an epoch, which the reader's own file may well be."""
+    trainer = yaml.safe_load((CONFIGS.parent / name).read_text())["trainer"]
+    assert "val_check_interval" not in trainer or trainer.get("check_val_every_n_epoch", 1) is None
+
+
+def test_a_recipe_runs_on_a_small_file_of_the_readers_own(p3o, monkeypatch):
+    """40 rows make epochs of four batches; the recipe's own interval gives one validation, at the end."""
+    stand_ins(p3o.folder, monkeypatch)
+    rows = [{"prompt": f"What is {number}?", "chosen": "A number.", "rejected": "No idea."} for number in range(40)]
+    (p3o.folder / "small.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for stage, figure in (("sft", "val/loss"), ("reward", "val/accuracy"), ("policy", "val/scores")):
+        name = f"configs/smollm2-hh/{stage}.yaml"
+        short = ["--model.max_completion_length", 4] if stage == "policy" else []
+        run = p3o("fit", "--config", name, "--data.path", "small.jsonl", "--trainer.accelerator", "cpu", *short)
+        assert run.code == 0, run
+        trainer = yaml.safe_load((CONFIGS.parent / name).read_text())["trainer"]
+        (logs,) = (p3o.folder / trainer["default_root_dir"] / "logs").iterdir()
+        assert [step + 1 for step, _ in scalars(logs)[figure]] == [trainer["max_steps"]]  # Lightning counts updates from 0
 
 
 @pytest.mark.parametrize("stage", CLASSES)
