@@ -172,14 +172,14 @@ def with_critic(model: Model, weight_bytes: int = 4) -> Model:
 # ---- parts
 
 
-def cache_bytes(model: Model, rows: int, tokens: int) -> int:
-    """Keys and values of what was read: 2 L (key-value heads x head size) w, a row and token."""
-    return 2 * model.layers * model.key_value * model.weight_bytes * rows * tokens
-
-
 def computed_in(model: Model, work: Work) -> int:
     """c: bytes of a value that a linear layer gives."""
     return 2 if work.autocast else model.weight_bytes
+
+
+def cache_bytes(model: Model, work: Work, rows: int, tokens: int) -> int:
+    """Keys and values of what was read: 2 L (key-value heads x head size) c, a row and token."""
+    return 2 * model.layers * model.key_value * computed_in(model, work) * rows * tokens
 
 
 def block_bytes(model: Model, work: Work) -> int:
@@ -405,7 +405,7 @@ def sampling_parts(model: Model, work: Work) -> list[Part]:
     cache = "2 x layers x key-value size x bytes x rows x tokens"
     drawn = max(drawing_bytes(model, work, rows), forward_bytes(model, work, work.prompts, work.prompt_tokens, 1))
     parts = [
-        Part("key-value cache", cache, cache_bytes(model, rows, read), ("sampling",)),
+        Part("key-value cache", cache, cache_bytes(model, work, rows, read), ("sampling",)),
         Part("drawing", "logits of a token a row, or a layer of the prompts", drawn, ("sampling",)),
     ]
     if copied := copied_bytes(model, work):

@@ -119,15 +119,18 @@ def test_gradients_stay_while_the_next_rollout_is_made(tmp_path):
     assert held == [0, nbytes(stage.model.parameters())] and gradients.phases == memory.PHASES
 
 
-def test_the_cache_is_exact(monkeypatch):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+def test_the_cache_is_exact(kind, monkeypatch):
     kept, new = [], generation._new_cache
     monkeypatch.setattr(generation, "_new_cache", lambda *given: kept.append(new(*given)) or kept[0])
-    model, work = build("small", dtype=torch.bfloat16).eval(), WORKS["small"]
+    dtype, work = torch.bfloat16 if kind == "bfloat16" else torch.float32, replace(WORKS["small"], autocast=kind == "autocast")
+    model = build("small", dtype=dtype).eval()
     tokens, mask, *_ = batch(work, 509, work.prompts)
     sampling = Sampling(work.responses, work.completion_tokens)
-    sample_completions(model, tokens, mask, sampling, eos_token_id=10_000, pad_token_id=0, seed=0)  # no response ends
+    with torch.autocast("cpu", torch.bfloat16, enabled=work.autocast):
+        sample_completions(model, tokens, mask, sampling, eos_token_id=10_000, pad_token_id=0, seed=0)  # no response ends
     held = nbytes(item for layer in kept[0].layers for item in layer._buffers)
-    estimate = memory.policy(sizes_of("small", dtype=torch.bfloat16), work, reference=None, rewards=[], reward_rows=1)
+    estimate = memory.policy(sizes_of("small", dtype=dtype), work, reference=None, rewards=[], reward_rows=1)
     assert estimate.size("key-value cache") == held > 0
 
 
