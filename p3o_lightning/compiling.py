@@ -7,6 +7,8 @@ Sampling runs as written: at one token a step, entering compiled code costs more
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -17,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import AttentionInterface
 
+from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import unwrapped
 from p3o_lightning.packing import NAME, packed_attention
 from p3o_lightning.scoring import allows
@@ -42,6 +45,15 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=True)
     _COMPILED.add(base)
     rank_zero_info(f"{type(base).__name__}: {len(layers)} layers compile at their first forward, which takes a while.")
+
+
+def check_compiler() -> None:
+    """Stop where torch.compile would fail at the first forward: for a CPU it writes C++."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name]
+    if not any(shutil.which(name) for name in names):
+        raise InputError(
+            "model.torch_compile is true, but there is no C++ compiler: install g++, or name yours in the environment variable CXX."
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:

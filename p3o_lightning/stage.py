@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from p3o_lightning.compiling import compile_layers
+from p3o_lightning.compiling import check_compiler, compile_layers
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
 from p3o_lightning.hub import prepare_repository, push_folder
@@ -86,6 +86,8 @@ class Stage(L.LightningModule):
             return
         if splits(self.trainer.strategy):
             raise InputError("model.torch_compile is true, but the strategy splits the model over processes: leave one of the two out.")
+        if self.device.type == "cpu":
+            check_compiler()
         for model in (self.model, *self.frozen_models):
             compile_layers(model)
 

@@ -92,6 +92,13 @@ def test_layers_are_compiled_once_and_run_as_written_where_that_is_asked_for():
     assert counters["stats"]["unique_graphs"] > 0
 
 
+def test_a_machine_without_a_compiler_is_told_before_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"model.torch_compile is true, but there is no C\+\+ compiler: install g\+\+"):
+        fitted("supervised", tmp_path, torch_compile=True)
+
+
 def test_a_model_that_is_split_over_processes_is_refused():
     stage = stage_of("supervised", torch_compile=True)
     stage._trainer = SimpleNamespace(strategy=FSDP2Strategy())
