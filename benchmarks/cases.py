@@ -42,7 +42,7 @@ class Case:
         updates: of a reward model, in one iteration: a pass over its data.
         lr: learning rate on both sides; so small that lengths stay what they are, while the work of an update is the same.
         logger: ours writes to TensorBoard at every update.
-        micro_batch: prompts (with their responses) of one forward and backward of ours.
+        micro_batch: prompts (with their responses), or pairs, of one forward and backward of ours.
         compiled: ours takes a turn with `torch_compile: true` too.
         resident: all sides stay in memory, and take turns iteration by iteration; else by twos, each started anew.
         micro_batches: rows (pairs) a forward that TRL tuned chooses from.
@@ -78,7 +78,7 @@ class Case:
 
 def _table() -> dict[str, Case]:
     """Names say what differs from the first case: size, lengths, dtype, then the rest."""
-    pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, compiled=True, micro_batches=(4, 8))
+    pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, micro_batch=4, compiled=True, micro_batches=(4, 8))
     smollm2 = Case(
         size="smollm2", micro_batch=4, micro_batches=(8,), resident=False
     )  # 32 rows without checkpointing do not fit beside the others

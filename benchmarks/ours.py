@@ -85,8 +85,9 @@ def main(folder: str, described: str, compiled: str = "") -> None:
         batches, settings["micro_batch_size"] = accumulate * case.epochs, micro_batch
     else:
         module = RewardModel(f"{folder}/reward", peft_config=lora, torch_compile=bool(compiled), lr=case.lr)
-        data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=case.prompts, val_fraction=0)
-        accumulate, batches = 1, case.updates
+        data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=case.micro_batch, val_fraction=0)
+        accumulate = case.prompts // case.micro_batch
+        batches, settings["micro_batch_size"] = accumulate * case.updates, case.micro_batch
     gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings)
     if case.kind == "policy":
         watch(module, gate)

@@ -21,6 +21,12 @@ TABLE = re.compile(r"<!-- (\w+): ([^>]*) -->\n((?:\|.*\n)+)")
 P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
 
 
+def plan_of(name: str) -> str:
+    """The plan that gave the results of this name, from the root."""
+    path = f"benchmarks/study/{name}.yaml"
+    return path if (ROOT / path).exists() else f"benchmarks/{name.replace('_', '-')}.yaml"
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The CSV's rows, numbers as numbers."""
 
@@ -60,7 +66,7 @@ def test_tuning_spends_as_much_on_ppo_as_on_p3o(monkeypatch):
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_the_statistics_are_those_of_the_evaluations(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = read_plan(f"benchmarks/study/{folder.name}.yaml")
+    plan = read_plan(plan_of(folder.name))
     again = {
         (item.variant, item.quantity, item.against): item for item in compute_statistics(plan, Points(rows_of(folder / "rows.csv"), plan))
     }
@@ -104,7 +110,7 @@ def test_every_table_has_every_variant_of_its_plan(monkeypatch):
     monkeypatch.chdir(ROOT)
     for plan, _, table in TABLE.findall(TEXT):
         named = [line.strip("|").split("|")[0].strip() for line in table.splitlines()[2:]]
-        assert named == [variant.name for variant in read_plan(f"benchmarks/study/{plan}.yaml").variants]
+        assert named == [variant.name for variant in read_plan(plan_of(plan)).variants]
 
 
 def test_numbers_in_the_text_stand_in_a_table():
