@@ -65,9 +65,9 @@ def main(folder: str, described: str, compiled: str = "") -> None:
     case, idle_mib = Case(**json.loads(described)), peak_mib()
     torch.manual_seed(0)
     lora = {"r": case.lora, "lora_alpha": 2 * case.lora} if case.lora else None
+    micro_batch = min(case.micro_batch, case.prompts)
     settings: dict[str, Any] = {"precision": PRECISION[case.dtype], "torch_compile": bool(compiled)}
     if case.kind == "policy":
-        micro_batch = min(case.micro_batch, case.prompts)
         module: Any = PairwisePolicy(
             f"{folder}/policy",
             f"{folder}/reward",
@@ -85,9 +85,9 @@ def main(folder: str, described: str, compiled: str = "") -> None:
         batches, settings["micro_batch_size"] = accumulate * case.epochs, micro_batch
     else:
         module = RewardModel(f"{folder}/reward", peft_config=lora, torch_compile=bool(compiled), lr=case.lr)
-        data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=case.micro_batch, val_fraction=0)
-        accumulate = case.prompts // case.micro_batch
-        batches, settings["micro_batch_size"] = accumulate * case.updates, case.micro_batch
+        data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=micro_batch, val_fraction=0)
+        accumulate = case.prompts // micro_batch
+        batches, settings["micro_batch_size"] = accumulate * case.updates, micro_batch
     gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings)
     if case.kind == "policy":
         watch(module, gate)

@@ -14,6 +14,19 @@ from cases import CASES, GROWTH, Case
 README = Path(__file__).resolve().parent / "README.md"
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
+GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: ratios to reach, and then to aim at
+    "15m-fixed-float32": {"default": [1.8, 2.3], "tuned": [1.5, 1.8]},
+    "15m-fixed-bf16": {"default": [2.5, 3.8], "tuned": [2.2, 3.2]},
+    "15m-uneven-float32": {"default": [2.6, 3.3], "tuned": [2.0, 2.5]},
+    "15m-uneven-bf16": {"default": [2.8, 4.0], "tuned": [2.3, 3.0]},
+    **{
+        f"reward-15m-{lengths}-{dtype}": {"default": [1.3], "tuned": [1.0]}
+        for lengths in ("fixed", "uneven")
+        for dtype in ("float32", "bf16")
+    },
+    "smollm2-fixed-float32": {"default": [1.7, 2.0]},
+    "smollm2-fixed-bf16": {"default": [2.3, 2.8]},
+}
 AXIS = {"responses": "responses a prompt", "length": "tokens of a response", "batch": "prompts of a rollout", "size": "parameters"}
 Results = dict[str, dict[str, Any]]
 
@@ -69,6 +82,24 @@ def ratio(result: dict[str, Any], side: str) -> str:
     """Of ours, and of ours compiled."""
     compiled = result.get("ratios_compiled")
     return f"**{result['ratios'][side]:.2f}**" + (f", {compiled[side]:.2f} compiled" if compiled else "")
+
+
+def goals(results: Results) -> list[str]:
+    """Which of the goals are reached, by ours as it comes and compiled."""
+    rows = [["case", "against", "to reach", "to aim at", "p3o_lightning", "compiled"]]
+    for name, of_case in GOALS.items():
+        if name not in results:
+            continue
+        for side, wanted in of_case.items():
+            found = [results[name]["ratios"][side], results[name].get("ratios_compiled", {}).get(side)]
+            told = [
+                ""
+                if ratio is None
+                else f"{ratio:.2f}" + (", aim" if ratio >= wanted[-1] and len(wanted) > 1 else ", not reached" * (ratio < wanted[0]))
+                for ratio in found
+            ]
+            rows.append([name, SIDES[side], f"{wanted[0]:.1f}", f"{wanted[1]:.1f}" if len(wanted) > 1 else "", *told])
+    return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
 def phases(results: Results) -> list[str]:
@@ -268,6 +299,7 @@ def sections(results: Results) -> dict[str, list[str]]:
     """Marker -> what stands there."""
     return {
         "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *quiet(results), *picture("ratios")],
+        "goals": goals(results),
         "phases": phases(results),
         "against us": against_us(results),
         "growth": [*growth(results), *picture("growth")],

@@ -365,6 +365,17 @@ def test_the_table_says_what_the_files_say():
     assert table.missing({name: {} for name in CASES}) == ["Every case of the table is measured."]
 
 
+def test_goals_are_said_to_be_reached_or_not():
+    lines = table.goals({"15m-fixed-float32": result("15m-fixed-float32", 4.0, 10.0, 5.8, compiled=3.0)})
+    assert lines[2:] == [
+        "| 15m-fixed-float32 | TRL as it comes | 1.8 | 2.3 | 2.50, aim | 3.33, aim |",
+        "| 15m-fixed-float32 | TRL tuned | 1.5 | 1.8 | 1.45, not reached | 1.93, aim |",
+    ]
+    (line,) = table.goals({"smollm2-fixed-bf16": result("smollm2-fixed-bf16", 4.0, 10.0, 5.8)})[2:]
+    assert line == "| smollm2-fixed-bf16 | TRL as it comes | 2.3 | 2.8 | 2.50 |  |"
+    assert table.goals({}) == ["Nothing yet."] and set(table.GOALS) <= set(CASES)
+
+
 def test_how_busy_the_machine_was_is_told():
     (line,) = table.quiet({"a": result("15m-fixed-float32", 4.0, 10.0, 6.0)})
     assert "had 50% to 50% of its core" in line and table.quiet({}) == []
