@@ -9,6 +9,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +327,8 @@ def odd_jobs(job: tuple[str, str]) -> None:
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     Path(path).write_text(str(os.getpid()))
+    if kind == "stay":
+        time.sleep(120)
 
 
 def test_a_job_that_fails_or_dies_takes_no_other_along(tmp_path):
@@ -344,6 +349,30 @@ def test_a_consumer_that_stops_early_leaves_no_worker(tmp_path):
     worker = int((tmp_path / "a").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    mark = tmp_path / "a"
+    code = f"from tests.test_frontier import odd_jobs, run_jobs\nlist(run_jobs(odd_jobs, [('stay', {str(mark)!r})], 1))"
+    (tmp_path / "pool.py").write_text("if __name__ == '__main__':\n    " + code.replace("\n", "\n    "))
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], env={**os.environ, "PYTHONPATH": paths})
+    while not (mark.exists() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    worker = int(mark.read_text())
+    os.kill(worker, 0)
+    parent.kill()
+    parent.wait()
+    for _ in range(300):  # it ends at once; what is waited for is a busy machine
+        time.sleep(0.1)
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker went on alone")
 
 
 # ---- the report

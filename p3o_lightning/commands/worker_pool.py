@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -83,6 +84,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     while True:
         try:
             job = pipe.recv()
@@ -101,3 +103,11 @@ def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
             pipe.send(error)
         except OSError:  # no one waits for it any more
             return
+
+
+def _end_with_the_parent() -> None:
+    """In the worker: where the parent is killed it stops no one, and the job would go on alone; so end it as Ctrl-C does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
