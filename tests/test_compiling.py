@@ -33,10 +33,10 @@ def stage_of(kind, **settings):
     return STAGES[kind](TWO_LAYERS, tokenizer=letters(), lr=1e-2, **settings)
 
 
-def fitted(kind, folder, precision="32-true", **settings):
+def fitted(kind, folder, precision="32-true", max_steps=4, **settings):
     stage = stage_of(kind, **settings)
     data = PreferenceDataModule(str(preferences(folder, 24)), batch_size=4, val_fraction=0.25, length_grouped=False)
-    run = trainer(folder, max_steps=4, precision=precision)
+    run = trainer(folder, max_steps=max_steps, precision=precision)
     run.fit(stage, data)
     return stage, run
 
@@ -47,17 +47,18 @@ def fitted(kind, folder, precision="32-true", **settings):
         ("policy", "32-true", {}, 1e-5),
         slow("policy", "32-true", {"num_iterations": 2, "micro_batch_size": 2}, 1e-5),
         slow("policy", "32-true", {"peft_config": {"r": 2, "target_modules": "all-linear"}}, 1e-5),
-        slow("policy", "bf16-mixed", {}, 8e-3),
+        slow("policy", "bf16-mixed", {}, 2e-3),
         slow("reward", "32-true", {}, 1e-5),
         slow("supervised", "32-true", {}, 1e-5),
         slow("direct", "32-true", {}, 1e-5),
     ],
 )
 def test_training_is_the_same_and_leaves_no_trace_in_a_checkpoint(kind, precision, settings, noise, tmp_path):
-    plain, _ = fitted(kind, tmp_path, precision, **settings)
+    max_steps = 4 if precision == "32-true" else 1  # after an update that differs in a bit of bfloat16 other responses are drawn
+    plain, _ = fitted(kind, tmp_path, precision, max_steps, **settings)
     torch._dynamo.reset()  # another test may have compiled this layer
     counters.clear()
-    compiled, run = fitted(kind, tmp_path, precision, torch_compile=True, **settings)
+    compiled, run = fitted(kind, tmp_path, precision, max_steps, torch_compile=True, **settings)
     assert counters["stats"]["unique_graphs"] > 0  # something was compiled
     assert not counters["frames"].get("total", 0) > counters["frames"].get("ok", 0) + 10  # and little given up on
     for model in (compiled.model, *compiled.frozen_models):
