@@ -192,7 +192,10 @@ _LEAVES_OUT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def allows(model: nn.Module) -> bool:
-    """Whether the model gives the same numbers packed; tried out once for a model, on a few random tokens. It then attends by `packing`."""
+    """Whether the model gives the same numbers packed; tried out once for a model, on a few random tokens. It then attends by `packing`.
+
+    Whoever gives it another attention afterwards is obeyed: it is read with padding from then on.
+    """
     base = unwrapped(model)
     if _APART:
         return False
@@ -206,7 +209,7 @@ def allows(model: nn.Module) -> bool:
             if takes:
                 set_attention(model, former)
             rank_zero_info(f"{type(base).__name__} cannot be read without padding: a copy of the prompt is read for every response.")
-    return _ALLOWS[base]
+    return _ALLOWS[base] and attention(model) == NAME
 
 
 @torch.no_grad()

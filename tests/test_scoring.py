@@ -319,6 +319,15 @@ def test_it_is_tried_out_once(monkeypatch):
     assert tried == [model]
 
 
+def test_an_attention_chosen_afterwards_is_obeyed():
+    """By who wants to look at attention weights, say: such a model is read with padding, where a packed row would fail."""
+    model, given = causal("llama"), batch()
+    assert allows(model)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(grouped_completion_logps(model, *given), completion_logps(model, *given), rtol=0, atol=0)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_row_given_to_a_model_that_was_not_tried_out_fails():
     """Rather than letting responses see each other."""
     with pytest.raises(RuntimeError):
