@@ -135,11 +135,7 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with betas (0.9, 0.95) and no weight decay unless `optimizer` says otherwise; the schedule steps once an update."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = (
-            torch.optim.AdamW(trainable, self.lr, betas=(0.9, 0.95), weight_decay=0.0)
-            if self.optimizer is None
-            else self.optimizer(trainable)
-        )
+        optimizer = _adamw(trainable, self.lr) if self.optimizer is None else self.optimizer(trainable)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -290,6 +286,15 @@ class Stage(L.LightningModule):
             figures=trainer.callback_metrics if trainer is not None else None,
             data=None if data is None else str(data),
         )
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """In one pass over the weights (fused) where PyTorch has it, which takes a quarter of the time of a dozen passes."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    # A fused step offers to unscale float16 gradients, and Lightning then refuses to clip them, in bfloat16 too: they are unscaled before.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {"min": torch.amin, "max": torch.amax}

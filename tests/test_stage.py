@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from tiny import LETTERS, LLAMA, PROMPTS, collate, equal, letters, policy, preferences, prompts, share_of_a, trainer, weights
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
@@ -205,3 +206,25 @@ def test_a_users_own_module_of_prompts_in_the_users_own_trainer(tmp_path):
     module = policy(peft_config=LORA)
     trainer(tmp_path, max_steps=2).fit(module, train_dataloaders=module.wrap_train_dataloader(prompts(6, shuffle=True)))
     assert json.dumps(dict(module.hparams)) and set(LETTERS) >= set("".join(PROMPTS))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-6), ("bf16-mixed", 1e-3), ("16-mixed", 1e-3)])
+@pytest.mark.parametrize("clip", [None, 1e-9])
+def test_the_default_optimizer_is_adamw_and_its_gradients_are_clipped(clip, precision, tolerance, tmp_path):
+    """As PyTorch's loop over the weights; clipped to less than Adam's epsilon of 1e-8, an update is a fraction of the learning rate."""
+
+    def moved(**settings):
+        module = stage(RewardModel, **settings)
+        before = weights(module)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        flags = {"plugins": [MixedPrecision(precision, "cpu", scaler)]} if precision == "16-mixed" else {"precision": precision}
+        run = trainer(tmp_path, max_steps=3, gradient_clip_val=clip, **flags)
+        run.fit(module, PreferenceDataModule(str(preferences(tmp_path)), batch_size=4, max_length=16))
+        return {name: value - before[name] for name, value in weights(module).items()}
+
+    plain = moved(optimizer=lambda given: torch.optim.AdamW(given, 1e-2, betas=(0.9, 0.95), weight_decay=0.0, foreach=False, fused=False))
+    default = moved()
+    largest = max(float(value.abs().max()) for value in plain.values())
+    assert 0 < largest < 5e-3 if clip else largest > 2e-2
+    for name, value in plain.items():
+        assert_close(default[name], value, rtol=0, atol=tolerance)
