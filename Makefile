@@ -83,7 +83,7 @@ bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal
 	$(BIN)/python benchmarks/quick.py
 
 # Of benchmarks/study; runs are shared between plans, finished ones are not made again.
-STUDY := methods invariance epochs responses kl_source clipping
+STUDY := methods invariance epochs responses kl_source clipping weights
 PLANS := $(STUDY:%=benchmarks/study/%.yaml)
 
 study: setup  ## the whole study of docs/study.md, about an hour of one core: figures, CSVs, tables

@@ -21,7 +21,7 @@ import yaml
 from tiny import collate, equal, policy
 
 from p3o_lightning.callbacks import LastCheckpoint
-from p3o_lightning.commands import frontier, frontier_run
+from p3o_lightning.commands import frontier, frontier_figures, frontier_run
 from p3o_lightning.commands.frontier_plan import Evaluate, RunJob, read_plan
 from p3o_lightning.commands.frontier_points import Points, compute_statistics, head_to_head
 from p3o_lightning.commands.frontier_report import markdown
@@ -433,6 +433,22 @@ def test_each_variant_can_be_paired_with_the_first_of_its_series(tmp_path):
     assert "## Paired with the first of its series" in markdown(
         plan, Points(rows, plan), compute_statistics(plan, Points(rows, plan)), [], []
     )
+
+
+def test_areas_are_drawn_by_size_whatever_comes_first_in_the_plan(tmp_path, monkeypatch):
+    """The first of a series is its baseline, which need not be the smallest."""
+    drawn = []
+    monkeypatch.setattr(frontier_figures, "_save", lambda figure, *_: drawn.append(figure) or "areas.png")
+    variants = {"A": {"series": "a", "x": 2}, "B": {"series": "a", "x": 0.5}, "C": {"series": "a", "x": "none"}}
+    slopes = {"A": 1.0, "B": 0.5, "C": 0.1}
+    rows = [row(name, 0, epoch, epoch / 4, slope * epoch / 4, 0.1) for name, slope in slopes.items() for epoch in (0, 8)]
+    plan = read_plan(str(plan_file(tmp_path, variants=variants, seeds=[0], baseline="series", kl_range=2)))
+    points = Points(rows, plan)
+    frontier_figures.draw_areas(plan, points, compute_statistics(plan, points), tmp_path)
+    axis = drawn[0].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "2", "none"]
+    line = axis.containers[0].lines[0]
+    assert list(line.get_xdata()) == pytest.approx([0, 1, 2]) and list(line.get_ydata()) == pytest.approx([0.5, 1.0, 0.1])
 
 
 def test_a_mixture_wins_as_its_parts_do():

@@ -66,12 +66,13 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
     """Area under the frontier against `x`, a line for each series, a panel for each reward."""
     named = {(item.variant, item.quantity): item for item in statistics if not item.against}
     series = list(dict.fromkeys(variant.series for variant in plan.variants if variant.x is not None))
-    ticks = list(dict.fromkeys(variant.x for variant in plan.variants if variant.x is not None))
+    ticks = _in_order([variant.x for variant in plan.variants if variant.x is not None])
     figure, axes = pyplot.subplots(1, len(points.rewards), figsize=(4.2 * len(points.rewards), 3.4), squeeze=False)
     for axis, reward in zip(axes[0], points.rewards, strict=True):
         for place, name in enumerate(series):
             members = [item for item in plan.variants if item.series == name and item.x is not None and item.name in points.by]
             found = [(ticks.index(item.x), named[item.name, f"area_{reward}"]) for item in members if item.x is not None]
+            found.sort(key=lambda place_and_area: place_and_area[0])
             x = [position + 0.06 * (place - (len(series) - 1) / 2) for position, _ in found]  # side by side, so that bars can be seen
             mean = [item.mean for _, item in found]
             errors = [[item.mean - item.low for _, item in found], [item.high - item.mean for _, item in found]]
@@ -84,6 +85,12 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
     axes[0][0].set_ylabel(f"mean gain, KL 0 to {points.kl_range:.3g} nats")
     axes[0][0].legend(fontsize=8, frameon=False)
     return _save(figure, plan, folder / "areas")
+
+
+def _in_order(ticks: list[float | str]) -> list[float | str]:
+    """Each once: numbers by size, then words as they were given."""
+    numbers = {tick for tick in ticks if not isinstance(tick, str)}
+    return [*sorted(numbers), *dict.fromkeys(tick for tick in ticks if isinstance(tick, str))]
 
 
 def _save(figure: Any, plan: Plan, path: Path) -> str:
