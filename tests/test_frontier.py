@@ -191,6 +191,28 @@ def test_the_shift_of_a_second_source_and_the_weight_of_the_first_are_not_in_wha
     assert lines_of(plain)[0] == lines_of(shifted)[0]
 
 
+def test_of_an_ensemble_the_whole_is_measured_and_not_its_first_member(p3o):
+    """What was optimised: here twice the share of e, the mean of it and of three times it."""
+    members = "[p3o_lightning.rewards.share_of_letter_e, thrice.share_of_e]"
+    (p3o.folder / "thrice.py").write_text(
+        "from p3o_lightning.rewards import share_of_letter_e\n\n\ndef share_of_e(**given):\n"
+        "    return [3 * value for value in share_of_letter_e(**given)]\n"
+    )
+    ensemble = f"{{class_path: Ensemble, init_args: {{members: {members}}}}}"
+    run = job(p3o.folder / "run", rollouts=1, settings={"model.reward_funcs": ensemble})
+    frontier_run.train(run)
+    for line in lines_of(run):
+        assert line["learned"] == pytest.approx(2 * line["gold"], abs=1e-4) and line["gold"] > 0
+
+
+def test_a_judge_alone_has_no_scores_to_measure(p3o):
+    (p3o.folder / "even.py").write_text(
+        "from p3o_lightning.judges import FunctionJudge\n\n\n@FunctionJudge\ndef judge(first, second, **_):\n    return [0.5] * len(first)\n"
+    )
+    with pytest.raises(InputError, match=r"model.reward_funcs begins with a judge, .* put a reward first"):
+        frontier_run.train(job(p3o.folder / "run", rollouts=1, settings={"model.reward_funcs": "even.judge"}))
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(p3o, monkeypatch):
     whole, broken = job(p3o.folder / "whole"), job(p3o.folder / "broken")
     frontier_run.train(whole)
@@ -292,6 +314,16 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(here):
     assert "model.clip_range is -1.0" in ended.err and "1 of 2 runs" in ended.out
     report = (here.folder / "out/plan/report.md").read_text()
     assert "## Not there" in report and "model.clip_range is -1.0" in report
+
+
+def test_runs_that_ended_themselves_are_told_and_so_is_that_seeds_are_few(here):
+    variants = {"P3O": {}, "strays": {"settings": {"kl_budget.max_kl": 1e-5}}}
+    ended = here("frontier", plan_file(here.folder, variants=variants, grid={}, seeds=[0, 1], rollouts=4), "--out", "out")
+    assert ended.code == 0
+    report = (here.folder / "out/plan/report.md").read_text()
+    early = report.partition("## Ended early")[2]
+    assert "- strays, seed 0, {}: " in early and "kl_budget.max_kl" in early and "P3O" not in early
+    assert "Of fewer than five seeds" in report
 
 
 def test_stages_are_trained_once_a_seed(here):
@@ -418,6 +450,9 @@ def test_statistics_by_hand(tmp_path):
     assert found["A", "win_rate_gold@1.5", ""].mean == pytest.approx(0.5 + 0.15 / 4)
     # mixtures 1/4 start + 3/4 end: B's gold 0.6 beats all of A's, B's 0 ties with A's 0 and loses to 0.2
     assert found["B", "wins_gold@1.5", "A"].mean == pytest.approx(0.75 + 0.25 * 0.25 * 0.5)
+    # runs end at 2 nats, at A's lowest gold since the start, whatever was had on the way; two of three evaluations are in the range
+    assert found["A", "gold@end", ""].mean == pytest.approx(0.2) and found["B", "learned@end", ""].mean == pytest.approx(1.0)
+    assert found["A", "kl@end", ""].mean == 2.0 and found["A", "evaluations", ""].mean == 2.0
     assert "| B | learned | -0.550" in markdown(plan, points, list(found.values()), [], [])
 
 

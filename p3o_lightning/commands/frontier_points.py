@@ -26,7 +26,7 @@ class Statistic(NamedTuple):
     """One figure over seeds. `against` names the variant that it is a paired difference to; empty: none."""
 
     variant: str
-    quantity: str  # area_learned, area_gold, or FIGURE@NATS
+    quantity: str  # area_learned, area_gold, FIGURE@NATS, FIGURE@end, or evaluations
     against: str
     mean: float
     low: float
@@ -85,6 +85,22 @@ def at_budget(points: list[Row], name: str, budget: float, gain: bool = False) -
     return value - _start(points, name) if gain else value
 
 
+def at_end(points: list[Row], name: str, gain: bool = False) -> float:
+    """A figure at the end of the runs, whatever it was on the way; of several runs the mean. With `gain`, less what it is at the start."""
+    last: dict[str, Row] = {}
+    for point in points:
+        run = str(point.get("run", ""))
+        if run not in last or int(point["updates"]) > int(last[run]["updates"]):
+            last[run] = point
+    value = sum(float(point[name]) for point in last.values()) / len(last)
+    return value - _start(points, name) if gain else value
+
+
+def evaluations(points: list[Row], kl_range: float) -> float:
+    """How many evaluations lie beyond the start and in the KL range: a frontier of few is lower for that alone."""
+    return float(sum(0 < float(point["kl"]) <= kl_range for point in points))
+
+
 def head_to_head(ours: list[Row], theirs: list[Row], reward: str, budget: float) -> float:
     """Win rate of one variant's frontier over another's at a KL of `budget`, on the same prompts; of mixtures, as they are mixed."""
     sides = []
@@ -105,6 +121,10 @@ def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
             quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b, gain=True)  # type: ignore[misc]
         for name in (*(f"win_rate_{reward}" for reward in points.rewards), "length", "distinct_2"):
             quantities[f"{name}@{budget:g}"] = lambda rows, n=name, b=budget: at_budget(rows, n, b)  # type: ignore[misc]
+    for name in points.rewards:
+        quantities[f"{name}@end"] = lambda rows, n=name: at_end(rows, n, gain=True)  # type: ignore[misc]
+    quantities["kl@end"] = lambda rows: at_end(rows, "kl")
+    quantities["evaluations"] = lambda rows: evaluations(rows, points.kl_range)
     values = {quantity: {variant: points.over_seeds(variant, value) for variant in points.by} for quantity, value in quantities.items()}
     statistics = []
     for quantity, by_variant in values.items():

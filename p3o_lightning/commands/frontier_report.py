@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from p3o_lightning.commands.frontier_plan import SERIES, Cell, Plan
 from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
-from p3o_lightning.commands.frontier_run import PATH, read_lines
+from p3o_lightning.commands.frontier_run import DONE, PATH, read_lines
 from p3o_lightning.errors import InputError
 
 
@@ -31,8 +32,14 @@ def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder
     statistics = compute_statistics(plan, points)
     write_rows(folder / "statistics.csv", [item._asdict() for item in statistics])
     figures = draw(plan, points, statistics, folder)
-    (folder / "report.md").write_text(markdown(plan, points, statistics, missing, figures), encoding="utf-8")
+    early = [(cell, outcome) for cell in finished if (outcome := outcome_of(cell)) != "finished"]
+    (folder / "report.md").write_text(markdown(plan, points, statistics, missing, figures, early), encoding="utf-8")
     return folder
+
+
+def outcome_of(cell: Cell) -> str:
+    """How the run ended: "finished", or the reason for which it ended itself."""
+    return str(json.loads((Path(cell.job.folder) / DONE).read_text(encoding="utf-8"))["outcome"])
 
 
 def run_rows(cell: Cell) -> list[Row]:
@@ -62,8 +69,19 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 # ---- the report
 
+_FEW = (
+    "**Of fewer than five seeds an interval is hardly more than their range**: 2, 3 and 4 cover 0.51, 0.75 and 0.88 of the time, not 0.95."
+)
 
-def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: list[Failed], figures: list[str]) -> str:
+
+def markdown(
+    plan: Plan,
+    points: Points,
+    statistics: list[Statistic],
+    missing: list[Failed],
+    figures: list[str],
+    early: Sequence[tuple[Cell, str]] = (),
+) -> str:
     """The report."""
     named = {(item.variant, item.quantity, item.against): item for item in statistics}
     count = len({seed for seeds in points.by.values() for seed in seeds})
@@ -74,13 +92,21 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
         "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest "
         "are read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
         "",
+        *([_FEW, ""] if 1 < count < 5 else []),
         "## Area under the frontier",
         "",
     ]
     rewards = points.rewards
     lines += _table(
-        ["variant", *(f"{reward}, mean gain" for reward in rewards)],
-        [[variant, *(_interval(named[variant, f"area_{reward}", ""]) for reward in rewards)] for variant in points.by],
+        ["variant", *(f"{reward}, mean gain" for reward in rewards), "evaluations in the range"],
+        [
+            [
+                variant,
+                *(_interval(named[variant, f"area_{reward}", ""]) for reward in rewards),
+                f"{named[variant, 'evaluations', ''].mean:.1f}",
+            ]
+            for variant in points.by
+        ],
     )
     theirs = "the first of its series" if plan.baseline == SERIES else plan.baseline
     others = [variant for variant in points.by if (variant, "area_learned", plan.baseline_of(variant)) in named]
@@ -105,6 +131,14 @@ def markdown(plan: Plan, points: Points, statistics: list[Statistic], missing: l
                 + [f"{named[variant, f'{name}@{budget:g}', ''].mean:.3g}" for name in ("length", "distinct_2")]
             )
     lines += _table([*head, f"over {theirs}", "length", "distinct-2"], body)
+    lines += ["## At the end of the runs", "", "Where gold is lower than above, it was over-optimised on the way.", ""]
+    lines += _table(
+        ["variant", "KL", *(f"{reward}, gain" for reward in rewards)],
+        [[variant, *(_interval(named[variant, f"{name}@end", ""]) for name in ("kl", *rewards))] for variant in points.by],
+    )
+    if early:
+        lines += ["## Ended early", "", "Measured up to there.", ""]
+        lines += [f"- {cell.variant}, seed {cell.job.seed}, {cell.choice}: {outcome}" for cell, outcome in early] + [""]
     if missing:
         lines += ["## Not there", "", "A variant's seed is left out of all figures if one of its runs is missing.", ""]
         lines += [f"- {item.cell.variant}, seed {item.cell.job.seed}, {item.cell.choice}: {item.why}" for item in missing] + [""]

@@ -27,6 +27,7 @@ from p3o_lightning.frontier import score_win_rate
 from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.generation import Sampling, decode_completions
 from p3o_lightning.responses import Responses
+from p3o_lightning.rewards import JudgeReward
 from p3o_lightning.seeds import mix
 
 DONE, PATH, LOG = "done.json", "path.jsonl", "log.txt"
@@ -123,6 +124,10 @@ class Measure(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the lines of before the checkpoint, or measure the start."""
+        if isinstance(pl_module.rewards.sources[0], JudgeReward):  # type: ignore[union-attr, index]
+            raise InputError(
+                "model.reward_funcs begins with a judge, which has no scores to measure: put a reward first, of weight 0 if need be."
+            )
         self.prompts = held_out(trainer, pl_module, self.evaluate.prompts)
         updates = trainer.max_steps
         if updates < 0:
@@ -176,7 +181,7 @@ class Measure(L.Callback):
             tokens, mask = policy.sample(batch, seed=mix(self.seed, number, 3))
             columns["kl"].append(expected_kl(policy, batch, tokens, mask))
             policy.score(batch, tokens, mask)
-            columns["learned"].append(next(iter(policy.rollout_rewards.values())))  # the first source alone, without its weight
+            columns["learned"].append(policy.rollout_rewards[policy.rewards.sources[0].name])  # the first alone, without its weight
             rows = decode_completions(policy.tokenizer, tokens, mask)
             if self.gold is not None:
                 columns["gold"].append(self.gold(Responses(batch, tokens, mask, rows)))
