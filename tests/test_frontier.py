@@ -191,21 +191,22 @@ def test_the_shift_of_a_second_source_and_the_weight_of_the_first_are_not_in_wha
     assert lines_of(plain)[0] == lines_of(shifted)[0]
 
 
-def test_of_an_ensemble_the_whole_is_measured_and_not_its_first_member(p3o):
-    """What was optimised: here twice the share of e, the mean of it and of three times it."""
-    members = "[p3o_lightning.rewards.share_of_letter_e, thrice.share_of_e]"
-    (p3o.folder / "thrice.py").write_text(
-        "from p3o_lightning.rewards import share_of_letter_e\n\n\ndef share_of_e(**given):\n"
-        "    return [3 * value for value in share_of_letter_e(**given)]\n"
+def test_of_an_ensemble_the_whole_is_measured_and_not_its_first_member(p3o, monkeypatch):
+    """What was optimised: here the mean of a length and three times it."""
+    (p3o.folder / "lengths.py").write_text(
+        "def once(completion_ids, **_):\n    return [float(len(ids)) for ids in completion_ids]\n\n\n"
+        "def thrice(completion_ids, **_):\n    return [3.0 * len(ids) for ids in completion_ids]\n"
     )
-    ensemble = f"{{class_path: Ensemble, init_args: {{members: {members}}}}}"
-    run = job(p3o.folder / "run", rollouts=1, settings={"model.reward_funcs": ensemble})
+    monkeypatch.syspath_prepend(str(p3o.folder))
+    ensemble = "{class_path: Ensemble, init_args: {members: [lengths.once, lengths.thrice]}}"
+    run = job(p3o.folder / "run", rollouts=1, settings={"model.reward_funcs": ensemble}, evaluate={"gold": "lengths.once"})
     frontier_run.train(run)
     for line in lines_of(run):
-        assert line["learned"] == pytest.approx(2 * line["gold"], abs=1e-4) and line["gold"] > 0
+        assert line["learned"] == pytest.approx(2 * line["gold"]) and line["gold"] > 0
 
 
-def test_a_judge_alone_has_no_scores_to_measure(p3o):
+def test_a_judge_alone_has_no_scores_to_measure(p3o, monkeypatch):
+    monkeypatch.syspath_prepend(str(p3o.folder))
     (p3o.folder / "even.py").write_text(
         "from p3o_lightning.judges import FunctionJudge\n\n\n@FunctionJudge\ndef judge(first, second, **_):\n    return [0.5] * len(first)\n"
     )
