@@ -56,7 +56,7 @@ def parameters(size: str) -> int:
 
 
 def memory_mib(case: Case, micro_batch: int) -> float:
-    """Peak of models, optimizer and activations, as `p3o plan` counts it; Python and libraries not included."""
+    """Peak of models, optimizer and activations, as `p3o doctor --plan` counts it; Python and libraries not included."""
     from p3o_lightning.memory import Work, llama, policy
     from p3o_lightning.model_reward import ModelReward
 

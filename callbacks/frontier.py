@@ -20,7 +20,7 @@ class FrontierPath(RolloutObserver):
     A path that turns right while the reward stays is the moment to stop, or to raise `kl_coef`. This reward is the one that is
     optimised: a path that rises for ever says nothing of what was meant. Compare it with a source of weight 0 in `rewards/<name>/mean`.
 
-    It is drawn every few updates and at the end. It needs matplotlib: pip install 'p3o-lightning[plots]'.
+    It is drawn every few updates and at the end. It needs matplotlib: pip install matplotlib.
 
     Args:
         every_n_steps: optimizer updates between two drawings, at least.

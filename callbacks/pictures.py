@@ -1,4 +1,4 @@
-"""Figures for the IMAGES tab, by matplotlib where it is installed (pip install 'p3o-lightning[plots]'); without it there are none."""
+"""Figures for the IMAGES tab, by matplotlib where it is installed (pip install matplotlib); without it there are none."""
 
 from __future__ import annotations
 

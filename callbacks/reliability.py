@@ -20,7 +20,7 @@ class Reliability(L.Callback):
     what it is wrongly sure of; train it less, or with `label_smoothing`. Above: its rewards are too small, which a lower `kl_coef` makes
     up for. The bars are 95 % intervals: judge no bin whose bar meets the diagonal. A dot's area is the bin's share of the pairs.
 
-    It needs matplotlib: pip install 'p3o-lightning[plots]'.
+    It needs matplotlib: pip install matplotlib.
     """
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:

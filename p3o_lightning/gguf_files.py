@@ -101,7 +101,7 @@ def _check(path: Path) -> None:
         raise InputError(f"{path}: not a GGUF file (it starts with {start!r}, not {MAGIC!r}); give the path of a .gguf file")
     for package in ("gguf", "accelerate"):  # transformers asks for both
         if find_spec(package) is None:
-            raise InputError(f"{path}: reading a GGUF file needs the package {package}; run: pip install 'p3o-lightning[gguf]'")
+            raise InputError(f"{path}: reading a GGUF file needs the package {package}; run: pip install gguf accelerate")
 
 
 def _text_and_integer_fields(path: Path) -> dict[str, Any]:

@@ -60,16 +60,22 @@ def head_logps(
     if missing:  # as in packing.py: kernels for few different shapes
         hidden, tokens = nn.functional.pad(hidden, (0, 0, 0, missing)), nn.functional.pad(tokens, (0, missing))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLogps.apply(hidden, weight, bias, tokens, temperature)[:count]
+        return _HeadLogps.apply(hidden, weight, bias, tokens, temperature, torch.is_grad_enabled())[:count]
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Keeps exp(logits - max) for the backward, which then passes over the vocabulary in two matrix products only."""
+    """Keeps exp(logits - max) for the backward, which then passes over the vocabulary in two matrix products only.
+
+    At the token itself it is exp(logit - max) less the sum, which over the sum is p - 1: subtracted before anything is rounded to half precision,
+    where of a confident token hardly a digit would be left of the difference.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, learns: bool
+    ) -> Tensor:
         size = len(tokens) * len(weight) * hidden.element_size()
-        keep = any(ctx.needs_input_grad) and size <= KEPT
+        keep = learns and any(ctx.needs_input_grad) and size <= KEPT
         precise = torch.promote_types(hidden.dtype, torch.float32)
         logps, sums, tops = (torch.empty(len(tokens), dtype=precise, device=hidden.device) for _ in range(3))
         numerators = torch.empty(len(tokens), len(weight), dtype=hidden.dtype, device=hidden.device) if keep else None
@@ -82,8 +88,10 @@ class _HeadLogps(torch.autograd.Function):
             logits.sub_(tops[part].unsqueeze(1)).exp_()
             torch.sum(logits, 1, out=sums[part])
             torch.sub(chosen, sums[part].log(), out=logps[part])
-            if numerators is not None and into is None:
-                numerators[part] = logits
+            if numerators is not None:
+                _take_off(logits, tokens[part], sums[part], hidden.dtype)
+                if into is None:
+                    numerators[part] = logits
         ctx.save_for_backward(hidden, weight, bias, tokens, sums, tops, numerators)
         ctx.temperature = temperature
         return logps
@@ -92,7 +100,6 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, weight, bias, tokens, sums, tops, numerators = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        scale = (gradient / ctx.temperature).to(hidden.dtype).unsqueeze(1)
         share = (-gradient / ctx.temperature / sums).to(hidden.dtype).unsqueeze(1)
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight: Tensor | None = None
@@ -102,7 +109,8 @@ class _HeadLogps(torch.autograd.Function):
             part = slice(start, start + step)
             if numerators is None:
                 made = _logits(hidden[part], weight, bias, ctx.temperature, None)
-                made = made.sub_(tops[part].unsqueeze(1)).exp_().to(hidden.dtype)
+                made = made.sub_(tops[part].unsqueeze(1)).exp_()
+                made = _take_off(made, tokens[part], sums[part], hidden.dtype).to(hidden.dtype)
             else:
                 made = numerators[part]
             if of_hidden is not None:
@@ -113,13 +121,13 @@ class _HeadLogps(torch.autograd.Function):
                 of_weight = torch.mm(made.t(), shared) if of_weight is None else of_weight.addmm_(made.t(), shared)
             if of_bias is not None:
                 of_bias.addmv_(made.t(), share[part].squeeze(1))
-        if of_hidden is not None:
-            of_hidden += weight[tokens] * scale
-        if of_weight is not None:
-            of_weight.index_add_(0, tokens, hidden * scale)
-        if of_bias is not None:
-            of_bias.index_add_(0, tokens, scale.squeeze(1))
-        return of_hidden, of_weight, of_bias, None, None
+        return of_hidden, of_weight, of_bias, None, None, None
+
+
+def _take_off(numerators: Tensor, tokens: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each position off its token's numerator, in place; no less than the least number of `dtype` (float16's is -65,504)."""
+    own = numerators.gather(1, tokens.unsqueeze(1)) - sums.unsqueeze(1)
+    return numerators.scatter_(1, tokens.unsqueeze(1), own.clamp_(min=torch.finfo(dtype).min))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, into: Tensor | None) -> Tensor:

@@ -80,6 +80,7 @@ class Work:
         split: weights, gradients and optimizer state are shared out (fsdp2); else every process holds all (ddp).
         autocast: linear layers run in half precision over float32 weights (trainer.precision 16-mixed, bf16-mixed).
         moments: values that the optimizer keeps for each trained weight; AdamW keeps 2.
+        fused: the optimizer's step is one pass over the weights, as the default one's is; others make a copy of them in between.
         token_values: float32 values that the experience holds for each completion token: log-probabilities under policy and reference,
             of PPO the critic's value, and of a vLLM server's responses the log-probability under it.
         cpu: the run is on a CPU.
@@ -94,6 +95,7 @@ class Work:
     split: bool = False
     autocast: bool = False
     moments: int = 2
+    fused: bool = True
     token_values: int = 2
     cpu: bool = False
 
@@ -319,8 +321,9 @@ def training_parts(model: Model, work: Work, copies: int = 0) -> list[Part]:
         Part(
             "activations", "rows x tokens x what each layer keeps", activation_bytes(model, work) - logit_bytes(model, work), ("backward",)
         ),
-        Part("update", "a copy of the trained weights, in the optimizer's step", model.trained_weights // split, ("step",)),
     ]
+    if not work.fused:
+        parts.append(Part("update", "a copy of the trained weights, in the optimizer's step", model.trained_weights // split, ("step",)))
     if model.vocabulary:
         formula = f"{copies} x rows x completion tokens x vocabulary, float32"
         parts.append(Part("logits", formula, copies * logit_bytes(model, work), ("backward",)))

@@ -332,7 +332,7 @@ def attach_adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError("model.peft_config is set but peft is not installed: pip install 'p3o-lightning[peft]'.") from error
+        raise InputError("model.peft_config is set but peft is not installed: pip install peft.") from error
     if isinstance(peft_config, Mapping):
         if "megatron_config" in peft_config:  # with it PEFT imports the module that it names, and it may be a checkpoint's
             raise InputError("model.peft_config has megatron_config, which is not used here: remove it.")

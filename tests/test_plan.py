@@ -158,6 +158,7 @@ def test_the_trainers_precision_changes_weights_or_activations(p3o):
 def test_the_optimizer_is_the_one_given(p3o, optimizer, moments):
     made = planned(p3o, DEBUG, **of_model(optimizer=optimizer))
     assert made.estimate.size("optimizer") == moments * made.estimate.size("gradients")
+    assert bool(made.estimate.size("update")) == (optimizer is not None)  # the default one's step needs no copy of the weights
 
 
 def test_a_folder_needs_no_weights_and_the_data_need_not_be_there(p3o):

@@ -236,6 +236,41 @@ def test_in_half_precision_the_gradients_are_those_of_float32_but_for_rounding()
     assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
 
 
+@pytest.mark.parametrize("kept", [2**30, 0], ids=["kept", "computed again"])
+def test_in_half_precision_the_gradients_of_confident_tokens_are_as_good_as_autograds(kept, monkeypatch):
+    """Of a token with probability 0.999 next to nothing is left of 1 - p, if both are rounded before they are subtracted."""
+    monkeypatch.setattr(head, "KEPT", kept)
+    torch.manual_seed(0)
+    tokens, weight = torch.randint(40, (300,)), 4 * torch.nn.functional.normalize(torch.randn(40, 16))
+    hidden = 1.5 * weight[tokens] + 0.05 * torch.randn(300, 16)
+    assert (hidden @ weight.t()).softmax(-1)[torch.arange(300), tokens].median() > 0.999
+    outer = torch.linspace(0.5, 1, 300)
+
+    def gradients(dtype, logps):
+        layer = torch.nn.Linear(16, 40, bias=False)
+        layer.weight.data = weight.to(torch.bfloat16).to(dtype)
+        given = hidden.to(torch.bfloat16).to(dtype).requires_grad_()
+        (logps(given, layer) * outer.to(dtype)).sum().backward()
+        return given.grad.double(), layer.weight.grad.double()
+
+    def plain(given, layer):
+        return layer(given).to(torch.promote_types(given.dtype, torch.float32)).log_softmax(-1)[torch.arange(300), tokens]
+
+    exact, usual = gradients(torch.float64, plain), gradients(torch.bfloat16, plain)
+    ours = gradients(torch.bfloat16, lambda given, layer: head_logps(given, layer, tokens))
+    for right, theirs, own in zip(exact, usual, ours, strict=True):
+        assert (own - right).norm() <= 1.2 * (theirs - right).norm() < 0.2 * right.norm()
+
+
+def test_nothing_is_kept_where_no_backward_comes(monkeypatch):
+    layer, sizes = torch.nn.Linear(4, 50), []
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **given: sizes.append(shape) or real(*shape, **given))
+    with torch.no_grad():
+        head_logps(torch.randn(10, 4), layer, torch.arange(10))
+    assert sizes and (10, 50) not in sizes
+
+
 def test_a_head_whose_output_is_scaled_or_watched_is_not_left_out():
     assert not leaves_out_its_head(causal("gemma2"))  # softcapped
     assert not leaves_out_its_head(causal("cohere"))

@@ -112,6 +112,7 @@ class Plan:
             split=self.split and self.processes > 1,
             autocast=self.autocast,
             moments=self._moments(),
+            fused=self._fused(),
             token_values=token_values,
             cpu=self._on_cpu(),
         )
@@ -132,6 +133,13 @@ class Plan:
         if name not in ("Adam", "AdamW"):
             self.notes.append(f"model.optimizer {name} is counted as AdamW, which keeps two values a trained weight")
         return 2
+
+    def _fused(self) -> bool:
+        """Whether the optimizer's step is one pass over the weights: the default one's is, where PyTorch has it."""
+        optimizer = self.given.get("optimizer")
+        if optimizer is None:
+            return self._on_cpu() or torch.cuda.is_available()
+        return bool((optimizer.get("init_args") or {}).get("fused"))
 
     # ---- models, without their weights
 

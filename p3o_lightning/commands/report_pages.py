@@ -105,7 +105,7 @@ class Pages:
         self._events(out / "tensorboard", figure)
         print(f"written to {out}: {', '.join(written)}; dashboard: tensorboard --logdir {out}")
         if figure is None:
-            print("no figure, since matplotlib is not installed: pip install 'p3o-lightning[plots]'")
+            print("no figure, since matplotlib is not installed: pip install matplotlib")
 
     # ---- words
 
