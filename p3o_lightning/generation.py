@@ -21,7 +21,7 @@ from p3o_lightning.casting import laid_out
 from p3o_lightning.compiling import as_written
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
-from p3o_lightning.kv_cache import roomy_cache
+from p3o_lightning.kv_cache import attends_only, roomy_cache
 
 BLOCK = 64  # tokens of the vocabulary whose weights are added up at a time
 ROWS = 8  # finished rows leave the batch so many at a time
@@ -118,7 +118,7 @@ def _decoded(
     prompts, count, device = len(prompt_tokens), sampling.num_generations, prompt_tokens.device
     rows = prompts * count
     tokens = torch.full((rows, sampling.max_completion_length), pad_token_id, device=device)
-    logps = torch.zeros(rows, sampling.max_completion_length, device=device)
+    logps = torch.zeros(rows, sampling.max_completion_length, dtype=torch.float32, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
 
     cache = _new_cache(model, prompt_tokens.shape[1] + sampling.max_completion_length - 1)  # the last token drawn is never read
@@ -186,7 +186,7 @@ def draw_with_logps(
         logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     if sampling.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each one
+        before = _running_sum(ordered.softmax(-1)) - ordered.softmax(-1)  # mass of the tokens ahead of each one
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
     logits = logits - logits.amax(-1, keepdim=True)
     drawn, total = _first_beyond(logits.exp(), uniforms)
@@ -209,16 +209,23 @@ def _first_beyond(
     """
     size, precision = weights.shape[-1], torch.float32 if weights.device.type == "mps" else torch.float64
     blocks = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    until = blocks.sum(-1, dtype=precision).cumsum(-1)
+    until = _running_sum(blocks.sum(-1, dtype=precision))
     total = until[:, -1]
     target = (uniforms.to(precision) * total).unsqueeze(1)
     block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[-1] - 1)
     before = nn.functional.pad(until, (1, -1)).gather(-1, block)
     within = blocks.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
     last = (torch.arange(1, BLOCK + 1, device=weights.device) * (within > 0)).amax(-1) - 1  # of those with weight: rounding may overshoot
-    place = torch.searchsorted(before + within.cumsum(-1, dtype=precision), target, right=True).squeeze(1)
+    place = torch.searchsorted(before + _running_sum(within.to(precision)), target, right=True).squeeze(1)
     drawn = block.squeeze(1) * BLOCK + torch.minimum(place, last)
     return torch.where(total.isfinite(), drawn, size - 1), total
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    """Over the last axis. CUDA's may add up in any order, and stops where deterministic algorithms are asked for: then on the host."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(-1).to(values.device)
+    return values.cumsum(-1)
 
 
 def prediction_rows(tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, tokens: Tensor, mask: Tensor) -> list[dict[str, Any]]:
@@ -240,13 +247,11 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask:
 
 def _new_cache(model: nn.Module, capacity: int) -> DynamicCache | None:
     """An empty cache, or None for a model whose state cannot be repeated for K responses and freed of finished rows."""
-    takes_it = getattr(unwrapped(model), "_supports_default_dynamic_cache", lambda: True)
-    if accepts(model, "past_key_values") and takes_it():
-        config: Any = model.config
-        cache = roomy_cache(config.get_text_config(decoder=True), capacity)
-        if cache is not None:
-            return cache
-    _say_slow(type(unwrapped(model)).__name__)
+    base = unwrapped(model)
+    if accepts(model, "past_key_values") and attends_only(base):
+        config: Any = base.config
+        return roomy_cache(config.get_text_config(decoder=True), capacity)
+    _say_slow(type(base).__name__)
     return None
 
 

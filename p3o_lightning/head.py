@@ -66,14 +66,12 @@ def head_logps(
 class _HeadLogps(torch.autograd.Function):
     """Keeps exp(logits - max) for the backward, which then passes over the vocabulary in two matrix products only.
 
-    At the token itself it is exp(logit - max) less the sum, which over the sum is p - 1: subtracted before anything is rounded to half precision,
-    where of a confident token hardly a digit would be left of the difference.
+    At the token itself it is exp(logit - max) less the sum, which over the sum is p - 1: subtracted before anything is rounded to half
+    precision, where of a confident token hardly a digit would be left of the difference.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, learns: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, learns: bool) -> Tensor:
         size = len(tokens) * len(weight) * hidden.element_size()
         keep = learns and any(ctx.needs_input_grad) and size <= KEPT
         precise = torch.promote_types(hidden.dtype, torch.float32)

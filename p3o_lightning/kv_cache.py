@@ -63,6 +63,12 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def attends_only(model: Any) -> bool:
+    """Whether its layers keep keys and values alone: recurrent ones and convolutions mix what lies side by side in a row."""
+    takes_it = getattr(model, "_supports_default_dynamic_cache", lambda: True)
+    return takes_it() and roomy_cache(model.config.get_text_config(decoder=True), 1) is not None
+
+
 def roomy_cache(config: Any, capacity: int) -> DynamicCache | None:
     """An empty cache for `capacity` tokens; None for a model with a layer whose state cannot be repeated and freed of rows.
 

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, turn_dropout_off
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, buffers_kept, load_policy, read_checkpoint
 from p3o_lightning.sharding import blend, load_whole, place_frozen, whole_state_dict
 from p3o_lightning.stage import Stage
 
@@ -84,7 +84,8 @@ class ReferencedPolicy(Stage):
     def setup(self, stage: str) -> None:
         """Freeze the reference while the policy is whole, and before the checkpoint's weights replace it."""
         if stage != "predict" and not self.adapter_is_policy:
-            self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
+            with buffers_kept(self.reference):
+                self.trainer.precision_plugin.convert_module(self.reference)  # as Lightning does with the policy
 
     @property
     def frozen_models(self) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from p3o_lightning.forwards import accepts, completion_logps, eval_mode, pooled, precise, sequence_scores, unwrapped
 from p3o_lightning.head import head_logps, left_out, plain_head
+from p3o_lightning.kv_cache import attends_only
 from p3o_lightning.packing import NAME, Packing, attention, multiple_for, set_attention
 
 
@@ -202,6 +203,7 @@ def allows(model: nn.Module) -> bool:
     if base not in _ALLOWS:
         former = attention(model)
         takes = all(accepts(model, name) for name in ("position_ids", "attention_mask")) and former in ("sdpa", NAME)
+        takes = takes and attends_only(base)
         if takes:
             set_attention(model, NAME)
         _ALLOWS[base] = takes and _gives_the_same(model)
@@ -209,7 +211,10 @@ def allows(model: nn.Module) -> bool:
             if takes:
                 set_attention(model, former)
             rank_zero_info(f"{type(base).__name__} cannot be read without padding: a copy of the prompt is read for every response.")
-    return _ALLOWS[base] and attention(model) == NAME
+    if _ALLOWS[base] and (chosen := attention(model)) != NAME:
+        set_attention(model, chosen)  # its modules too, which may have configs of their own
+        return False
+    return _ALLOWS[base]
 
 
 @torch.no_grad()
@@ -235,10 +240,10 @@ def _gives_the_same(model: nn.Module) -> bool:
                 plain = completion_logps(model, prompts, prompt_mask, responses, mask)
                 packed = packed_logps(model, prompts, prompt_mask, responses, mask)
                 effect = (completion_logps(model, others, prompt_mask, responses, mask) - plain).abs().max()
-        except (RuntimeError, ValueError, TypeError, IndexError):  # `packing` is not understood, say
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):  # `packing` is not understood, say
             return False
     noise = 1e-2 if parameter.dtype in (torch.float32, torch.float64) else 0.25
-    return bool((packed - plain).abs().max() <= noise * effect)
+    return bool((packed - plain).abs().max() <= noise * effect and effect > 0)  # under a head of zeros nothing can be seen
 
 
 @torch.no_grad()

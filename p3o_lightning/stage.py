@@ -28,7 +28,16 @@ from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
 from p3o_lightning.hub import prepare_repository, push_folder
 from p3o_lightning.model_card import HEAD, model_card
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, attach_adapter, config_of, describe, from_description, read_checkpoint
+from p3o_lightning.models import (
+    CHECKPOINT_KEY,
+    ModelSource,
+    attach_adapter,
+    buffers_kept,
+    config_of,
+    describe,
+    from_description,
+    read_checkpoint,
+)
 from p3o_lightning.scoring import rows_apart
 from p3o_lightning.sharding import is_split, prepare_split, splits, whole_state_dict, whole_weights
 from p3o_lightning.text import visible
@@ -90,6 +99,11 @@ class Stage(L.LightningModule):
             check_compiler()
         for model in (self.model, *self.frozen_models):
             compile_layers(model)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in torch, which Lightning calls for `precision: bf16-true`; see `buffers_kept`."""
+        with buffers_kept(self):
+            return super().to(*args, **kwargs)
 
     # ---- several processes
 

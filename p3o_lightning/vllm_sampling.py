@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors import SafetensorError
 from torch import Tensor
@@ -50,11 +51,11 @@ class VLLMSampler:
         self.server, self.folder = server, folder
         self.served: Served | None = None
         self.version = ""  # what the weights that the server holds are called; known to the process that handed them over
-        self.held_step: int | None = None  # updates after which they were handed over
+        self.held: tuple[int, bool] | None = None  # which weights they are, as `_weights_of` tells them apart
 
     def begin(self, policy: SamplingPolicy) -> None:
         """A run begins, and its weights may be restored: nothing is taken for granted of what the server holds."""
-        self.served, self.version, self.held_step = None, "", None
+        self.served, self.version, self.held = None, "", None
         if isinstance(policy.trainer.strategy, FSDPStrategy):  # whose weights cannot be gathered inside a validation step
             raise InputError("trainer.strategy is FSDPStrategy, which model.generation: vllm does not serve: use fsdp2.")
 
@@ -68,11 +69,11 @@ class VLLMSampler:
         """
         longest = int(prompts.attention_mask.sum(1).max())
         served = _agreed(policy, lambda: self._check(policy, longest))
-        step = policy.global_step if policy._trainer is not None else None  # outside a run, weights may change at any time
-        if step is None or step != self.held_step:
+        wanted = _weights_of(policy)
+        if wanted is None or wanted != self.held:
             whole = policy.whole_model()
             _agreed(policy, lambda: self._hand_over(policy, whole) if policy.global_rank == 0 else None)
-            self.held_step = step
+            self.held = wanted
         responses = _agreed(policy, lambda: self._ask(policy, served, prompts, seed))
         _agreed(policy, lambda: self._check_version() if policy.global_rank == 0 else None)
         return self._as_tensors(policy, responses, prompts.tokens.device)
@@ -154,6 +155,18 @@ class VLLMSampler:
         logps[mask] = torch.tensor([nats for response in flat for nats in response.logps], dtype=torch.float32)
         shape = (len(responses), policy.sampling.num_generations, -1)
         return tuple(values.view(shape).to(device) for values in (tokens, mask, logps))  # type: ignore[return-value]
+
+
+def _weights_of(policy: SamplingPolicy) -> tuple[int, bool] | None:
+    """What tells one state of a run's weights from another: the updates made, and whether averaged ones stand in for them in validation.
+
+    None outside a run, where they may change at any time.
+    """
+    trainer = policy._trainer
+    if trainer is None:
+        return None
+    averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return policy.global_step, averages and not trainer.training
 
 
 def _agreed(policy: SamplingPolicy, action: Callable[[], Answer]) -> Answer:

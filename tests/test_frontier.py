@@ -208,7 +208,8 @@ def test_of_an_ensemble_the_whole_is_measured_and_not_its_first_member(p3o, monk
 def test_a_judge_alone_has_no_scores_to_measure(p3o, monkeypatch):
     monkeypatch.syspath_prepend(str(p3o.folder))
     (p3o.folder / "even.py").write_text(
-        "from p3o_lightning.judges import FunctionJudge\n\n\n@FunctionJudge\ndef judge(first, second, **_):\n    return [0.5] * len(first)\n"
+        "from p3o_lightning.judges import FunctionJudge\n\n\n"
+        "@FunctionJudge\ndef judge(first, second, **_):\n    return [0.5] * len(first)\n"
     )
     with pytest.raises(InputError, match=r"model.reward_funcs begins with a judge, .* put a reward first"):
         frontier_run.train(job(p3o.folder / "run", rollouts=1, settings={"model.reward_funcs": "even.judge"}))

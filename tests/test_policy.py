@@ -191,6 +191,17 @@ def test_rewards_and_draws_are_float32_under_bf16_true(tmp_path):
     assert torch.equal(draws[0], exact.sample(collate(PROMPTS * 8), seed=1)[0])
 
 
+def test_bf16_true_rounds_weights_and_not_the_rotary_frequencies(tmp_path):
+    """They are made anew, exact, of every export; trained with rounded ones the policy would be another model than what leaves."""
+    exact = dict(policy().model.named_buffers())
+    assert exact
+    module = policy()
+    trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module, module.wrap_train_dataloader(prompts()))
+    for model in (module.model, module.reference):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert equal(dict(model.named_buffers()), exact)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_of_either_precision_train_save_and_resume(dtype, tmp_path):
     module = policy(dtype=dtype, num_iterations=2)

@@ -301,6 +301,42 @@ def test_models_that_read_in_another_way_are_found_out_and_read_as_before(family
     assert model.config._attn_implementation == before
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+HYBRIDS = {  # layers that mix what lies side by side
+    "lfm2": {**SMALL, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "jamba": {**SMALL, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "num_experts": 2},
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_layer_that_mixes_neighbours_is_known_while_weights_are_too_small_to_show_it(family):
+    """As they are before training: packed, texts would leak into each other as soon as they have grown."""
+    torch.manual_seed(0)
+    given = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**HYBRIDS[family], **given})).eval()
+    assert not allows(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+        torch.testing.assert_close(grouped_completion_logps(model, *batch()), completion_logps(model, *batch()), rtol=0, atol=1e-6)
+
+
+def test_under_a_head_of_zeros_nothing_can_be_seen_so_nothing_is_packed():
+    model = classifier("llama")
+    torch.nn.init.zeros_(model.score.weight)
+    assert not allows(model)
+
+
+def test_an_attention_chosen_afterwards_reaches_modules_with_configs_of_their_own():
+    """As they have them where dropout was turned off."""
+    model = causal("llama", attention_dropout=0.1)
+    turn_dropout_off(model)
+    assert allows(model)
+    model.set_attn_implementation("eager")
+    assert not allows(model)
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"eager"}
+
+
 def test_a_window_longer_than_the_try_out_is_known_from_the_config():
     model = causal("mistral", sliding_window=12)
     assert allows(model) and fits(model, 12) and not fits(model, 13)

@@ -82,6 +82,15 @@ def test_it_learns_the_demonstrations(tmp_path):
     assert len(rows) == 16 and text.count("a") / len(text) > 0.9
 
 
+def test_it_answers_under_bf16_true(tmp_path):
+    rows = [
+        row
+        for batch in trainer(tmp_path, precision="bf16-true").predict(stage(SupervisedPolicy), data(preferences(tmp_path)))
+        for row in batch
+    ]
+    assert len(rows) == 16 and all(row["responses"] for row in rows)
+
+
 def test_validation_weighs_every_token_alike(tmp_path):
     """However the rows are cut into batches."""
     module, path = stage(SupervisedPolicy), preferences(tmp_path)

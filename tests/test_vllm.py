@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from processes import on_two
 from tiny import LLAMA, PROMPTS, KeepAll, Recorder, collate, equal, letters, policy, prompts, trainer, weights
 from vllm_stand_in import StandIn, serving
@@ -85,6 +86,26 @@ def test_the_server_holds_the_policys_weights_at_every_rollout(stand_in, address
     versions = [body["new_version"] for path, body in stand_in.asked if path == "/update_weight_version"]
     assert len(set(versions)) == 3
     assert list((tmp_path / "vllm_weights").iterdir()) == []
+
+
+def test_averaged_weights_that_stand_in_for_validation_do_not_stay_on_the_server(stand_in, address, tmp_path):
+    """Lightning's weight averaging swaps them in and out between two updates."""
+    drawn_by = []
+
+    class Watched(PairwisePolicy):
+        """Keeps, at each rollout, its own weights and those that the server has drawn it with."""
+
+        def rollout_step(self, prompts):
+            experience = super().rollout_step(prompts)
+            drawn_by.append((self.trainer.training, {k.removeprefix("model."): v for k, v in weights(self).items()}, stand_in.held[-1]))
+            return experience
+
+    module = served(address, owner=Watched, lr=0.1)
+    averaging = EMAWeightAveraging(decay=0.5)
+    run = trainer(tmp_path, max_steps=6, callbacks=[averaging], val_check_interval=1, limit_val_batches=1)
+    run.fit(module, module.wrap_train_dataloader(prompts()), prompts(4))
+    assert {training for training, *_ in drawn_by} == {True, False}
+    assert all(equal(ours, held) for _, ours, held in drawn_by)
 
 
 def test_adapters_are_merged_for_the_server(stand_in, address, tmp_path):

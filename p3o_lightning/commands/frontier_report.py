@@ -163,9 +163,7 @@ def draw(plan: Plan, points: Points, statistics: list[Statistic], folder: Path) 
     try:
         from p3o_lightning.commands.frontier_figures import draw_areas, draw_frontiers
     except ImportError as error:
-        raise InputError(
-            f"the figures need matplotlib ({error}): pip install matplotlib, then the same command again."
-        ) from error
+        raise InputError(f"the figures need matplotlib ({error}): pip install matplotlib, then the same command again.") from error
     drawn = [draw_frontiers(plan, points, folder)]
     if any(variant.x is not None for variant in plan.variants):
         drawn.append(draw_areas(plan, points, statistics, folder))
