@@ -218,6 +218,7 @@ def draw(results: Results, folder: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     plt.rcParams["svg.hashsalt"] = "p3o"  # the same picture gives the same file
 
@@ -251,6 +252,11 @@ def draw(results: Results, folder: Path) -> None:
             )
             memory.loglog(xs, [result["memory_mib"] for _, result in measured], "--", color="#9db4c0", label="by arithmetic")
             memory.set_xlabel(AXIS[what])
+            for axes in (time, memory):
+                axes.set_xticks(xs, [f"{place:g}" if place < 1e4 else f"{place / 1e6:.0f}M" for place in xs], fontsize=8)
+                axes.minorticks_off()
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
         for axes in grid[:, 0]:
             axes.legend()
         plt.tight_layout()

@@ -159,7 +159,8 @@ def _from_config(config: PreTrainedConfig, classifier: bool) -> PreTrainedModel:
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Inside, a module may be cast to half precision; buffers that no checkpoint holds come out as they were, on its device.
 
-    Rotary frequencies are such: transformers makes them anew, exact, of whatever is exported; rounded ones turn a distant token by a radian.
+    Rotary frequencies are such: transformers makes them anew, exact, of whatever is exported. Rounded ones are off by
+    a radian for a distant token.
     """
     kept = [
         (owner, name, buffer)

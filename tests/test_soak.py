@@ -1,4 +1,4 @@
-"""Long runs: memory stays flat and every file is closed again. Run by hand, `make test-soak`; the figures stand in docs/results.md."""
+"""Long runs: memory stays flat and every file is closed again. Run by hand, `make test-soak`; the figures stand in docs/reliability.md."""
 
 from __future__ import annotations
 
