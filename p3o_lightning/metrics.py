@@ -65,7 +65,7 @@ class PairReport(Metric):
             bins.index_add_(0, index, values.to(bins.dtype))  # FSDP1 rounds the states
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures by name; `accuracy_low` and `accuracy_high` are the 95 % Wilson interval."""
+        """The figures by name; `accuracy_low` and `accuracy_high` are the 95 % Wilson interval, of independent pairs."""
         low, high = wilson_interval(self.correct, self.pairs)
         return {
             "accuracy": self.correct / self.pairs,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from p3o_lightning.metrics import PairReport, wilson_interval
+from p3o_lightning.win_rates import share_interval
 
 LENGTH_TOLERANCE = 0.1  # share of the longer one by which two lengths may differ and still match
 
@@ -99,22 +100,28 @@ class Share(NamedTuple):
 
     pairs: int
     accuracy: float
-    low: float  # 95 % Wilson interval
+    low: float  # 95 %: Wilson where every prompt has one pair, else the bootstrap over prompts
     high: float
 
 
-def accuracy(gaps: Float[Tensor, " pair"]) -> Share:
-    """The share of pairs ranked as people did."""
+def accuracy(gaps: Float[Tensor, " pair"], prompts: Int[Tensor, " pair"] | None = None) -> Share:
+    """The share of pairs ranked as people did. Pairs of one prompt are not independent; `prompts` None: each has its own."""
     right = correct(gaps)
-    count = torch.tensor(float(len(right)), dtype=torch.float64)
-    low, high = wilson_interval(right.sum(), count)
-    return Share(len(right), float(right.sum() / count), float(low), float(high))
+    groups = torch.arange(len(right)) if prompts is None else prompts.unique(return_inverse=True)[1]
+    low, high = share_interval(right, groups)
+    return Share(len(right), float(right.mean()), float(low), float(high))
 
 
-def length_matched(gaps: Float[Tensor, " pair"], lengths: Int[Tensor, "pair 2"], tolerance: float = LENGTH_TOLERANCE) -> Share:
+def length_matched(
+    gaps: Float[Tensor, " pair"],
+    lengths: Int[Tensor, "pair 2"],
+    tolerance: float = LENGTH_TOLERANCE,
+    prompts: Int[Tensor, " pair"] | None = None,
+) -> Share:
     """Accuracy on the pairs whose lengths differ by at most `tolerance` of the longer one: what is left when length says nothing."""
     longer, shorter = lengths.amax(1), lengths.amin(1)
-    return accuracy(gaps[(longer - shorter) <= tolerance * longer])
+    near = (longer - shorter) <= tolerance * longer
+    return accuracy(gaps[near], None if prompts is None else prompts[near])
 
 
 class Shifts(NamedTuple):
@@ -210,11 +217,11 @@ def report_card(
     """
     gaps = scores[:, 0].double() - scores[:, 1].double()
     temperature = fitted_temperature(gaps)
-    matched = length_matched(gaps, lengths)
+    matched = length_matched(gaps, lengths, prompts=prompts)
     card: dict[str, Any] = {
         "pairs": len(gaps),
         "ties": int((gaps == 0).sum()),
-        **_summary(scores, lengths),
+        **_summary(scores, lengths, prompts),
         "temperature": temperature,
         "log_loss_at_temperature": log_loss(gaps, temperature) if not math.isnan(temperature) else math.nan,
         "length_matched_pairs": matched.pairs,
@@ -228,11 +235,12 @@ def report_card(
         card["sources"] = {}
         for name in sorted(set(sources)):
             rows = torch.tensor([source == name for source in sources])
-            card["sources"][name] = {"pairs": int(rows.sum()), **_summary(scores[rows], lengths[rows])}
+            card["sources"][name] = {"pairs": int(rows.sum()), **_summary(scores[rows], lengths[rows], prompts[rows])}
     return card
 
 
-def _summary(scores: Tensor, lengths: Tensor) -> dict[str, float]:
+def _summary(scores: Tensor, lengths: Tensor, prompts: Tensor) -> dict[str, float]:
     report = PairReport()
     report.update(scores, lengths)
-    return {name: float(value) for name, value in report.compute().items()}
+    share = accuracy(scores[:, 0].double() - scores[:, 1].double(), prompts)
+    return {**{name: float(value) for name, value in report.compute().items()}, "accuracy_low": share.low, "accuracy_high": share.high}

@@ -15,7 +15,7 @@ class WinRate(NamedTuple):
     """Shares in [0, 1] of the comparisons with a verdict. NaN where there is none."""
 
     win_rate: float  # a tie counts one half
-    low: float  # 95 % interval: Wilson where every prompt has one comparison, else the bootstrap over prompts
+    low: float  # 95 %, as share_interval
     high: float
     wins: int
     ties: int
@@ -39,10 +39,7 @@ def win_rate(
     results = outcomes[judged].double()
     groups = (torch.arange(len(outcomes)) if prompts is None else prompts)[judged].unique(return_inverse=True)[1]
     count = int(groups.max()) + 1 if len(groups) else 0
-    if count == len(results):
-        low, high = wilson_interval(results.sum(), torch.tensor(float(len(results)), dtype=torch.float64))
-    else:
-        low, high = bootstrap_interval(results, groups, resamples=resamples, seed=seed)
+    low, high = share_interval(results, groups, resamples=resamples, seed=seed)
     return WinRate(
         win_rate=float(results.mean()),
         low=float(low),
@@ -53,6 +50,30 @@ def win_rate(
         no_verdict=int((~judged).sum()),
         prompts=count,
     )
+
+
+def share_interval(
+    values: Float[Tensor, " value"], groups: Int[Tensor, " value"], *, resamples: int = 2000, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """95 % interval of a mean of values in [0, 1], of which those of a group (a prompt) are not independent.
+
+    Wilson where every group has one value, else the bootstrap over groups. Where that would collapse, because all groups have the same mean
+    or are fewer than 5, Wilson as if each group were one value.
+
+    Args:
+        values: what is averaged.
+        groups: 0 ... n - 1: which values belong together.
+        resamples: draws of the bootstrap.
+        seed: of the bootstrap.
+    """
+    values, count = values.double(), int(groups.max()) + 1 if len(groups) else 0
+    trials = torch.tensor(float(count), dtype=torch.float64)
+    if count < len(values):
+        sizes = torch.bincount(groups, minlength=count).double()
+        means = torch.zeros(count, dtype=torch.float64).index_add(0, groups, values) / sizes
+        if count >= 5 and bool((means != means[0]).any()):
+            return bootstrap_interval(values, groups, resamples=resamples, seed=seed)
+    return wilson_interval(values.mean() * trials, trials)
 
 
 def bootstrap_interval(

@@ -175,6 +175,17 @@ def test_the_bootstrap_draws_whole_prompts_whatever_their_size():
     assert bootstrap_interval(values, groups) == (low, high), "a function of its seed"
 
 
+@pytest.mark.parametrize(("outcomes", "prompts", "trials"), [([1.0] * 40, 10, 10), ([1.0, 0.0] * 4, 2, 2), ([1.0, 1.0, 0.0], 1, 1)])
+def test_few_prompts_and_prompts_that_are_all_alike_leave_room_for_doubt(outcomes, prompts, trials):
+    """The bootstrap would give an interval of no width: as wide as if each prompt had been asked once."""
+    groups = torch.arange(prompts).repeat_interleave(len(outcomes) // prompts)
+    got = win_rate(torch.tensor(outcomes), groups)
+    wide = 1.959964**2 / trials  # Wilson's interval of a share p of n trials, by its formula
+    centre, half = got.win_rate + wide / 2, math.sqrt(wide * got.win_rate * (1 - got.win_rate) + wide**2 / 4)
+    assert (got.low, got.high) == pytest.approx(((centre - half) / (1 + wide), (centre + half) / (1 + wide)), abs=1e-6)
+    assert got.low < got.win_rate - 0.1 or got.win_rate == 0
+
+
 def test_no_comparison_at_all_is_no_number():
     got = win_rate(torch.tensor([math.nan, math.nan]))
     assert math.isnan(got.win_rate) and math.isnan(got.low) and got.no_verdict == 2 and got.prompts == 0

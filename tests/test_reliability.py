@@ -137,6 +137,17 @@ def test_accuracy_has_wilsons_interval():
     assert (got.accuracy, got.low, got.high) == pytest.approx((0.5, 0.403832, 0.596168), abs=1e-6)
 
 
+def test_pairs_of_one_prompt_count_as_one_where_they_are_alike():
+    """Ten prompts, ten equal pairs each, seven prompts ranked rightly: as uncertain as ten pairs, not as a hundred."""
+    prompts = torch.arange(10).repeat_interleave(10)
+    gaps = torch.where(prompts < 7, 1.0, -1.0)
+    card = report_card(torch.stack([gaps, torch.zeros(100)], 1), torch.full((100, 2), 5), prompts)
+    ten, hundred = accuracy(gaps[::10]), accuracy(gaps)
+    for name in ("accuracy", "length_matched"):
+        assert card[f"{name}_high"] - card[f"{name}_low"] == pytest.approx(ten.high - ten.low, rel=0.25)
+    assert hundred.high - hundred.low < 0.4 * (ten.high - ten.low)
+
+
 # ---- shifts
 
 

@@ -90,7 +90,7 @@ def test_a_trained_policy_beats_its_reference(files, tmp_path):
     module.export("after/export")
     settings = ["--data", "prompts.jsonl", "--judge", "mine.share_of_a", "--num_generations", 4, "--max_completion_length", 5]
     got, out = rated(files, "after/export", "before/export", *settings, "--batch_size", 3)
-    assert got["low"] > 0.7 and got["comparisons"] == 32 and got["prompts"] == 8 and "bootstrap over prompts" in out
+    assert got["low"] > 0.6 and got["comparisons"] == 32 and got["prompts"] == 8 and "bootstrap over prompts" in out
     back, _ = rated(files, "before/export", "after/export", *settings, "--batch_size", 3)
     assert back["win_rate"] == pytest.approx(1 - got["win_rate"]) and 0 <= got["ended_a"] <= 1
     same, _ = rated(files, "after/export", "after/export", *settings)

@@ -175,6 +175,6 @@ def measured(models: list[ModelReward], pairs: RankedPairs, batch_size: int, k: 
     together: dict[str, Any] = {"members": list(cards), "k": k}
     for aggregate in AGGREGATES:
         scores = Ensemble(list(cards), aggregate, k).combine(each)
-        together[aggregate] = accuracy(scores[:, 0] - scores[:, 1])._asdict()
+        together[aggregate] = accuracy(scores[:, 0] - scores[:, 1], pairs.prompts)._asdict()
     cards["ensemble mean"] = report_card(each.mean(0), pairs.lengths, pairs.prompts, pairs.sources)
     return {"models": cards, "ensemble": {**together, **disagreement(each[..., 0] - each[..., 1])._asdict()}}
