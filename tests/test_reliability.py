@@ -102,7 +102,7 @@ def test_no_other_temperature_has_less_log_loss():
 
 def test_temperatures_at_the_edge():
     assert fitted_temperature(torch.tensor([-1.0, -2.0, 0.5])) == math.inf and log_loss(torch.tensor([-1.0]), math.inf) == math.log(2)
-    assert fitted_temperature(torch.tensor([1.0, 2.0])) == 0 and log_loss(torch.tensor([1.0, 2.0]), 0) == 0
+    assert fitted_temperature(torch.tensor([1.0, 2.0])) == 0 and log_loss(torch.tensor([1.0, 2.0]), 0.0) == 0
     assert math.isnan(fitted_temperature(torch.tensor([1.0, math.nan]))) and math.isnan(fitted_temperature(torch.tensor([])))
     # 3 of 4 right at gaps of 1: sigmoid(1 / T) = 3/4, T = 1 / ln 3
     assert fitted_temperature(torch.tensor([1.0, 1, 1, -1])) == pytest.approx(1 / math.log(3), rel=1e-9)
@@ -117,7 +117,7 @@ def test_length_matched_accuracy_by_hand():
     got = length_matched(gaps, lengths)
     assert got.pairs == 4 and got.accuracy == 2.5 / 4
     assert got.low < got.accuracy < got.high
-    assert length_matched(gaps, lengths, tolerance=0).pairs == 1
+    assert length_matched(gaps, lengths, tolerance=0.0).pairs == 1
     assert math.isnan(length_matched(gaps[5:], lengths[5:]).accuracy)
 
 
