@@ -2,7 +2,7 @@
 
 A table is named by the comment in front of it, `<!-- PLAN: QUANTITY, QUANTITY~, QUANTITY~p, ... -->`: an item a column after the variant's.
 QUANTITY is the mean with its interval, QUANTITY~ the paired difference to the baseline, QUANTITY~p its p value (paired t test), ~holm that
-after Holm's adjustment, ~flip that of the sign-flip test.
+after Holm's adjustment, ~flip that of the sign-flip test. `evaluations` is a mean alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def cell(rows: dict[tuple[str, str, bool], dict[str, str]], variant: str, item: 
         return ""
     if kind:
         return f"{float(row[P_VALUES[kind]]):.3f}"
+    if quantity == "evaluations":
+        return f"{float(row['mean']):.1f}"
     sign = "+" if paired and not quantity.startswith("wins") else ""
     low, high = (f"{float(row[name]):{sign}.3f}" for name in ("low", "high"))
     return f"{float(row['mean']):{sign}.3f} [{low}, {high}]"
