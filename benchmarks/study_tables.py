@@ -14,7 +14,34 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "study.md", ROOT / "benchmarks" / "results" / "study"
 TABLE = re.compile(r"<!-- (\w+): ([^>]*) -->\n((?:\|.*\n)+)")
+BOTH = [  # plan, variant, what the first run called it, what is compared
+    ("methods", "P3O V1", "", "P3O V1 less P3O V2"),
+    ("methods", "P3O V1, 1e-3", "", "P3O V1 at 1e-3 less P3O V2"),
+    ("methods", "PPO", "", "PPO less P3O V2"),
+    ("methods", "PPO, 1e-3", "", "PPO at 1e-3 less P3O V2"),
+    ("methods", "RLOO", "", "RLOO less P3O V2"),
+    ("methods", "GRPO", "", "GRPO less P3O V2"),
+    ("methods", "online DPO", "", "online DPO less P3O V2"),
+    ("epochs", "P3O V2, 2", "", "P3O V2, two epochs less one"),
+    ("epochs", "P3O V2, 8", "", "P3O V2, eight epochs less one"),
+    ("epochs", "RLOO, 8", "", "RLOO, eight epochs less one"),
+    ("epochs", "PPO, 8", "", "PPO, eight epochs less one"),
+    ("invariance", "P3O V2, shift 10", "", "P3O V2, a shift of 10"),
+    ("invariance", "RLOO, shift 10", "", "RLOO, a shift of 10"),
+    ("invariance", "PPO, shift 1", "", "PPO, a shift of 1"),
+    ("invariance", "PPO, shift 3", "", "PPO, a shift of 3"),
+    ("invariance", "PPO, shift 10", "", "PPO, a shift of 10"),
+    ("invariance", "PPO, x 10", "", "PPO, rewards and price of KL ten times as large"),
+    ("clipping", "V2, no clip", "no clip", "P3O V2, four epochs, without a clip"),
+    ("weights", "clip 0.2, cap 1", "no weights", "P3O V2, four epochs, without weights"),
+    ("responses", "P3O V2, 4", "", "P3O V2, four responses less two"),
+    ("responses", "RLOO, 4", "", "RLOO, four responses less two"),
+    ("kl_source", "0.02, rollout", "rollout", "P3O V2, KL of the policy that sampled"),
+]
 P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
+
+
+BOTH_RUNS = re.compile(r"<!-- both runs -->\n((?:\|.*\n)+)")
 
 
 def statistics(plan: str) -> dict[tuple[str, str, bool], dict[str, str]]:
@@ -38,6 +65,22 @@ def cell(rows: dict[tuple[str, str, bool], dict[str, str]], variant: str, item: 
     return f"{float(row['mean']):{sign}.3f} [{low}, {high}]"
 
 
+def first_run(plan: str) -> dict[str, dict[str, str]]:
+    """Variant -> its difference of the area of the learned reward in the first run."""
+    with (RESULTS.parent / "study_first" / f"{'clipping' if plan == 'weights' else plan}.csv").open(encoding="utf-8") as file:
+        return {row["variant"]: row for row in csv.DictReader(file) if row["quantity"] == "area_learned" and row["against"]}
+
+
+def both_runs() -> str:
+    """The table of what both runs have."""
+    lines = ["| | first run | second run |", "|---|---|---|"]
+    for plan, variant, former, title in BOTH:
+        rows = first_run(plan)[former or variant], statistics(plan)[variant, "area_learned", True]
+        told = [f"{float(row['mean']):+.3f} [{float(row['low']):+.3f}, {float(row['high']):+.3f}]" for row in rows]
+        lines.append(f"| {title} | {' | '.join(told)} |")
+    return "<!-- both runs -->\n" + "".join(f"{line}\n" for line in lines)
+
+
 def filled(match: re.Match[str]) -> str:
     """The table with its rows made anew; its heading stays."""
     plan, items, table = match.groups()
@@ -49,4 +92,5 @@ def filled(match: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(TABLE.sub(filled, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    text = TABLE.sub(filled, DOCUMENT.read_text(encoding="utf-8"))
+    DOCUMENT.write_text(BOTH_RUNS.sub(both_runs(), text), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from p3o_lightning.commands.frontier_plan import read_plan
 from p3o_lightning.commands.frontier_points import Points, compute_statistics
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import study_tables  # noqa: E402
+
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
 RESULTS = sorted((ROOT / "benchmarks/results/study").iterdir())
 TEXT = (ROOT / "docs/study.md").read_text(encoding="utf-8")
@@ -138,6 +142,22 @@ def test_the_runs_that_are_told_are_those_that_were_made():
             with (folder / "rows.csv").open(encoding="utf-8") as file:
                 made |= {row["run"] for row in csv.DictReader(file)}
     assert f"{len(made)} runs" in TEXT
+
+
+def test_both_runs_stand_beside_each_other():
+    """Row by row from the two CSVs, found again by what the row says of them."""
+    table = re.search(r"<!-- both runs -->\n(?:\|.*\n){2}((?:\|.*\n)+)", TEXT)
+    assert table and len(study_tables.BOTH) == table.group(1).count("\n")
+    for line, (plan, variant, former, title) in zip(table.group(1).splitlines(), study_tables.BOTH, strict=True):
+        named, *told = [text.strip() for text in line.strip("|").split("|")]
+        assert named == title
+        first = ROOT / "benchmarks/results/study_first" / ("clipping.csv" if plan == "weights" else f"{plan}.csv")
+        for text, path, name in zip(
+            told, (first, ROOT / f"benchmarks/results/study/{plan}/statistics.csv"), (former or variant, variant), strict=True
+        ):
+            (row,) = [row for row in rows_of(path) if (row["variant"], row["quantity"]) == (name, "area_learned") and row.get("against")]
+            numbers = [float(number) for number in re.findall(r"[-+]\d+\.\d+", text)]
+            assert numbers == pytest.approx([row["mean"], row["low"], row["high"]], abs=5.1e-4), line
 
 
 def test_the_plan_on_a_real_model_is_whole(monkeypatch):

@@ -67,7 +67,7 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
     named = {(item.variant, item.quantity): item for item in statistics if not item.against}
     series = list(dict.fromkeys(variant.series for variant in plan.variants if variant.x is not None))
     ticks = _in_order([variant.x for variant in plan.variants if variant.x is not None])
-    figure, axes = pyplot.subplots(1, len(points.rewards), figsize=(4.2 * len(points.rewards), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(points.rewards), figsize=(4.2 * len(points.rewards), 3.6), squeeze=False)
     for axis, reward in zip(axes[0], points.rewards, strict=True):
         for place, name in enumerate(series):
             members = [item for item in plan.variants if item.series == name and item.x is not None and item.name in points.by]
@@ -85,8 +85,9 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
         axis.set_title(NAMES[reward], fontsize=10)
         axis.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
     axes[0][0].set_ylabel(f"mean gain, KL 0 to {points.kl_range:.3g} nats")
-    axes[0][0].legend(fontsize=8, frameon=False)
-    return _save(figure, plan, folder / "areas")
+    named_lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*named_lines, loc="lower center", ncols=len(series), fontsize=8, frameon=False)
+    return _save(figure, plan, folder / "areas", bottom=0.07)
 
 
 def _in_order(ticks: list[float | str]) -> list[float | str]:
@@ -95,10 +96,10 @@ def _in_order(ticks: list[float | str]) -> list[float | str]:
     return [*sorted(numbers), *dict.fromkeys(tick for tick in ticks if isinstance(tick, str))]
 
 
-def _save(figure: Any, plan: Plan, path: Path) -> str:
-    """As PNG and SVG, the same bytes for the same figures."""
+def _save(figure: Any, plan: Plan, path: Path, bottom: float = 0.0) -> str:
+    """As PNG and SVG, the same bytes for the same figures. `bottom`: the share of the height that is left for a legend."""
     figure.suptitle(plan.title, fontsize=11)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path.with_suffix(".png"), dpi=110)
     with pyplot.rc_context({"svg.hashsalt": "p3o"}):
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
