@@ -91,7 +91,7 @@ def fit(stage: str, out: Path, seed: int, path: Path, **model: Path | str) -> di
     return {name: float(value) for name, value in figures.items()}
 
 
-def measure(out: Path, seed: int, samples: int = 4) -> tuple[Measured, Measured, list[Any]]:
+def measure(out: Path, seed: int, samples: int = 16) -> tuple[Measured, Measured, list[Any]]:
     """Both policies on the prompts that P3O did not train on, `samples` responses each."""
     reports = []
     for name in ("sft", "policy"):
