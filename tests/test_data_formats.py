@@ -294,7 +294,7 @@ def test_a_long_value_is_cut(tmp_path):
         ("prefs.json", b'[{"prompt": "a"}', "is not valid JSON (Expecting ',' delimiter: line 1 column 17 (char 16))"),
         ("prefs.json", b"\xff", "byte 0 is no UTF-8"),
         ("prefs.jsonl.gz", b"no gzip", "which cannot be read as gz: Not a gzipped file"),
-        ("prefs.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 1000)[:-20], "which cannot be read as gz"),
+        ("prefs.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 1000, mtime=0)[:-20], "which cannot be read as gz"),
         ("prefs.parquet", b"no parquet", "which cannot be read as parquet"),
         (
             "prefs.csv",
