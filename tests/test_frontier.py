@@ -475,7 +475,7 @@ def test_each_variant_can_be_paired_with_the_first_of_its_series(tmp_path):
 def test_areas_are_drawn_by_size_whatever_comes_first_in_the_plan(tmp_path, monkeypatch):
     """The first of a series is its baseline, which need not be the smallest."""
     drawn = []
-    monkeypatch.setattr(frontier_figures, "_save", lambda figure, *_: drawn.append(figure) or "areas.png")
+    monkeypatch.setattr(frontier_figures, "_save", lambda figure, *_, **__: drawn.append(figure) or "areas.png")
     variants = {"A": {"series": "a", "x": 2}, "B": {"series": "a", "x": 0.5}, "C": {"series": "a", "x": "none"}}
     slopes = {"A": 1.0, "B": 0.5, "C": 0.1}
     rows = [row(name, 0, epoch, epoch / 4, slope * epoch / 4, 0.1) for name, slope in slopes.items() for epoch in (0, 8)]

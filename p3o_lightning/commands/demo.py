@@ -19,9 +19,9 @@ from p3o_lightning.commands.demo_task import gold_score, write_task
 from p3o_lightning.data import PreferenceDataModule
 from p3o_lightning.errors import InputError
 from p3o_lightning.generation import decode_completions
-from p3o_lightning.metrics import wilson_interval
 from p3o_lightning.policy import PairwisePolicy
 from p3o_lightning.seeds import mix
+from p3o_lightning.win_rates import share_interval
 
 
 class Measured(NamedTuple):
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> None:
 
     before, after, prompts = measure(out, given.seed)
     wins = [1.0 if new > old else 0.5 if new == old else 0.0 for new, old in zip(after.gold, before.gold, strict=True)]
-    low, high = wilson_interval(torch.tensor(sum(wins)), torch.tensor(float(len(wins))))
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(str, prompts)))}  # responses to one are not independent
+    low, high = share_interval(torch.tensor(wins), torch.tensor([numbers[str(prompt)] for prompt in prompts]))
     summary = {
         "gold_before": sum(before.gold) / len(before.gold),
         "gold_after": sum(after.gold) / len(after.gold),

@@ -131,7 +131,8 @@ def markdown(
                 + [f"{named[variant, f'{name}@{budget:g}', ''].mean:.3g}" for name in ("length", "distinct_2")]
             )
     lines += _table([*head, f"over {theirs}", "length", "distinct-2"], body)
-    lines += ["## At the end of the runs", "", "Where gold is lower than above, it was over-optimised on the way.", ""]
+    lines += ["## At the end of the runs", ""]
+    lines += ["Where gold is lower than above, it was over-optimised on the way.", ""] if points.has_gold else []
     lines += _table(
         ["variant", "KL", *(f"{reward}, gain" for reward in rewards)],
         [[variant, *(_interval(named[variant, f"{name}@end", ""]) for name in ("kl", *rewards))] for variant in points.by],
