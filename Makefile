@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser bench bench-growth bench-quick study study-quick \
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-quick study study-quick \
   ci clean
 
 help:  ## this list
@@ -50,16 +50,19 @@ check: setup  ## format, lint, types
 	$(BIN)/mypy
 
 test: setup  ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not soak and not gpu"
 
 test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser and not soak" || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser and not soak and not gpu" || test $$? -eq 5
 
 test-soak: setup  ## by hand, half an hour: every stage killed at random and resumed, and runs of 2,000 updates
 	$(BIN)/python -m pytest -s -m soak
 
 test-browser: setup  ## the dashboard in a real Chromium (Debian: apt-get install chromium); without one they skip
 	$(BIN)/python -m pytest -m browser
+
+test-gpu: setup  ## on a machine with a GPU: that it computes what the CPU does
+	$(BIN)/python -m pytest -m gpu
 
 # The peer gets an environment of its own, with the same torch and transformers.
 .venv-trl/.set-up: requirements.lock

@@ -48,7 +48,7 @@ CHECKPOINT_KEY = "p3o_lightning"  # where a checkpoint of ours describes its own
 
 def load_policy(source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model. `tokenizer` fills in the vocabulary size and special ids of a from-scratch config."""
-    model = _load(source, tokenizer, dtype, classifier=False)
+    model = _heeding_softcaps(_load(source, tokenizer, dtype, classifier=False))
     _check_vocabulary(tokenizer, _embedded(model))
     return model
 
@@ -61,11 +61,19 @@ def load_reward_backbone(
     Its `pad_token_id` is set to the tokenizer's, which must differ from EOS where the exported model is to be used by
     plain transformers code (it finds the last token by id; ours never does): see `distinct_pad_token`.
     """
-    model = _load(source, tokenizer, dtype, classifier=True, trained=trained)
+    model = _heeding_softcaps(_load(source, tokenizer, dtype, classifier=True, trained=trained))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id == highest_token_id(tokenizer) == _embedded(model):  # the one token that `distinct_pad_token` adds
         model.resize_token_embeddings(_embedded(model) + 1, mean_resizing=False)
     _check_vocabulary(tokenizer, _embedded(model))
+    return model
+
+
+def _heeding_softcaps(model: PreTrainedModel) -> PreTrainedModel:
+    """torch's fused attention knows no cap on its logits; transformers before 5.21 chose it for Gemma 2 all the same."""
+    config: Any = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
     return model
 
 

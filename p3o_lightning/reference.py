@@ -63,7 +63,7 @@ class ReferencedPolicy(Stage):
             else:
                 model.load_state_dict(self._reference_weights)
                 self._reference_weights = None
-            self._reference.append(model.eval().requires_grad_(False))
+            self._reference.append(model.eval().requires_grad_(False).to(self.device))
         return self._reference[0]
 
     def _check_reference(self) -> None:
@@ -121,7 +121,9 @@ class ReferencedPolicy(Stage):
             self._reference_weights = moved
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str | None = None, **arguments: Any
+    ) -> Self:
         """As in Stage. The reference is the model that the run started from, where the checkpoint names it; with LoRA it is inside.
 
         Where the run started from an object or from scratch, pass `reference` to train or evaluate on; prediction and export need none.
@@ -130,7 +132,7 @@ class ReferencedPolicy(Stage):
         saved = checkpoint["hyper_parameters"]
         if checkpoint[CHECKPOINT_KEY]["peft"] is None:
             arguments.setdefault("reference", saved.get("reference") or saved.get("model"))
-        return super().load_from_checkpoint(checkpoint_path, **arguments)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **arguments)
 
 
 def fingerprint(model: nn.Module) -> str:

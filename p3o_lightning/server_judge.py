@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache as once
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -75,7 +76,6 @@ class ServerJudge(Judge):
         self.options = dict(options or {})
         self.failures: dict[str, int] = {}  # reason -> comparisons
         self.wait: Callable[[float], None] = time.sleep
-        self._opener = urllib.request.build_opener(_NoRedirect)  # which would carry the key to another host
 
     @property
     def endpoint(self) -> str:
@@ -150,7 +150,7 @@ class ServerJudge(Judge):
             headers["Authorization"] = f"Bearer {key}"
         try:
             request = urllib.request.Request(self.endpoint, content, headers)
-            with self._opener.open(request, timeout=self.timeout) as reply:
+            with _opener().open(request, timeout=self.timeout) as reply:
                 return reply.read(_LARGEST)
         except ValueError as error:  # a key with a line end in it; the message would show it
             raise InputError(f"{KEY} cannot be sent as a header: give it without spaces and line ends.") from (None if key else error)
@@ -176,8 +176,16 @@ class ServerJudge(Judge):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
+
+
+@once
+def _opener() -> urllib.request.OpenerDirector:
+    """Kept here: from Python 3.12 on it holds what cannot be copied, and a judge is copied with the policy that it rewards."""
+    return urllib.request.build_opener(_NoRedirect)
 
 
 def _verdict(reply: bytes) -> float | str:

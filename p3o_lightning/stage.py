@@ -105,6 +105,13 @@ class Stage(L.LightningModule):
         with buffers_kept(self):
             return super().to(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As in torch, which moves by it; the frozen models follow to the device."""
+        super()._apply(fn, recurse)
+        for model in self.frozen_models:
+            model.to(self.device)
+        return self
+
     # ---- several processes
 
     def configure_model(self) -> None:
@@ -175,11 +182,14 @@ class Stage(L.LightningModule):
             )
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str | None = None, **arguments: Any
+    ) -> Self:
         """The stage as it was saved. Model and tokenizer come from the checkpoint alone.
 
         Args:
             checkpoint_path: a checkpoint of this class.
+            map_location: the device that it is moved to; None leaves it on the CPU, wherever it was trained.
             **arguments: constructor arguments that replace the saved ones.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
@@ -192,7 +202,7 @@ class Stage(L.LightningModule):
         stage = cls(**{**checkpoint["hyper_parameters"], **itself, **arguments})
         stage.load_state_dict(checkpoint["state_dict"])
         stage.on_load_checkpoint(checkpoint)
-        return stage
+        return stage if map_location is None else stage.to(map_location)
 
     def export(self, folder: str | Path, *, adapter: bool = False) -> Path:
         """Write a plain transformers folder: safetensors, tokenizer, chat template, generation config and a model card.

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import cache as once
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,12 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logpr
 
 _TRIES, _PAUSE = 3, 1.0  # for a connection that breaks, and seconds between
 _TOLD = 300  # characters of the server's own words in an error
+
+
+@once
+def _opener() -> urllib.request.OpenerDirector:
+    """Kept here: from Python 3.12 on it holds what cannot be copied, and a policy is copied with its server, to average weights say."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Served(NamedTuple):
@@ -58,7 +65,6 @@ class VLLMServer:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"model.vllm_server is {address!r}: give an address such as http://127.0.0.1:8000.")
         self.address, self.timeout = address.rstrip("/").removesuffix("/v1"), timeout
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def served(self) -> Served:
         """The model, its length limit, and what it means by log-probabilities."""
@@ -151,7 +157,7 @@ class VLLMServer:
         request = urllib.request.Request(self.address + path, data=data, headers=headers)
         for tried in range(1, _TRIES + 1):
             try:
-                with self._opener.open(request, timeout=self.timeout) as answer:
+                with _opener().open(request, timeout=self.timeout) as answer:
                     text = answer.read()
                 return json.loads(text) if text.strip() else {}
             except urllib.error.HTTPError as error:

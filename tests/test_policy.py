@@ -17,7 +17,7 @@ from tiny import GPT2, LLAMA, PROMPTS, Recorder, collate, equal, letters, policy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from p3o_lightning import InputError, PairwisePolicy, SupervisedPolicy
+from p3o_lightning import InputError, PairwisePolicy, RewardModel, SupervisedPolicy
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
@@ -322,6 +322,26 @@ def saved(tmp_path, **settings):
     module = policy(num_iterations=2, **settings)
     trainer(tmp_path, max_steps=3, callbacks=[LastCheckpoint()]).fit(module, module.wrap_train_dataloader(prompts()))
     return module, tmp_path / "checkpoints" / "last.ckpt"
+
+
+def test_reference_and_reward_go_where_the_policy_is_moved(tmp_path):
+    """Outside a Trainer too. "meta" stands for a GPU."""
+    stage = policy(reward_funcs=RewardModel(LLAMA, tokenizer=letters()))
+    before, reward = stage.reference, stage.rewards.networks[0]
+    stage.to("meta")
+    assert {item.device.type for model in (before, reward) for item in model.parameters()} == {"meta"}
+    late = policy(reference=LLAMA)
+    late._apply = lambda fn, recurse=True: late  # the policy's own weights stay: only what is made after the move is looked at
+    late.to("meta")
+    assert next(late.reference.parameters()).device.type == "meta"
+
+
+def test_a_checkpoint_is_loaded_onto_a_device(tmp_path):
+    stage = policy()
+    trainer(tmp_path, max_steps=1, callbacks=[LastCheckpoint(every_n_steps=1)]).fit(stage, stage.wrap_train_dataloader(prompts()))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert PairwisePolicy.load_from_checkpoint(path).device.type == "cpu"
+    assert PairwisePolicy.load_from_checkpoint(path, map_location="meta").device.type == "meta"
 
 
 def test_another_reference_than_the_checkpoints_is_refused(tmp_path):

@@ -19,6 +19,7 @@ The power of these tests, found by planting one error at a time:
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,6 +116,15 @@ def test_it_asks_in_both_orders_and_reads_the_verdict(server):
     assert body["model"] == "org/tiny-judge" and body["temperature"] == 0 and body["max_tokens"] == 16
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert [{"role": "user", "content": "q"}] in [seen(request["body"])["prompt"] for request in server.requests]
+
+
+def test_a_copy_asks_as_well(server):
+    """A policy is copied with its judge, where weights are averaged."""
+    made = judge(server)
+    compare(made, ["p"], ["a"], ["b"])
+    copied = copy.deepcopy(made)
+    compare(copied, ["p"], ["a"], ["b"])
+    assert [item["body"] for item in server.requests[:2]] == [item["body"] for item in server.requests[2:]]
 
 
 def test_a_model_with_a_favourite_place_is_found_out(server):

@@ -40,7 +40,7 @@ class Evaluate(NamedTuple):
     times: int = 6  # besides the start
     prompts: int = 64
     responses: int = 4  # a prompt
-    gold: str | None = None  # dotted reward function that is measured and never optimised
+    gold: str | None = None  # reward that is measured and never optimised: a dotted function, or a reward model's folder
 
 
 class RunJob(NamedTuple):
@@ -121,7 +121,8 @@ class Plan:
                 settings = {**self.settings, **variant.settings, **choice}
                 digest = _digest(contents, sorted(settings.items()), seed, self.rollouts, self.evaluate, task.name)
                 folder, filled = str(out / "runs" / digest), _filled(settings, seed, task)
-                job = RunJob(folder, seed, self.configs, filled, self.rollouts, self.evaluate, str(task))
+                evaluate = Evaluate(**_filled(self.evaluate._asdict(), seed, task))
+                job = RunJob(folder, seed, self.configs, filled, self.rollouts, evaluate, str(task))
                 cells.append(Cell(variant.name, choice, job))
         return cells
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
@@ -26,9 +26,12 @@ from p3o_lightning.forwards import completion_logits, eval_mode
 from p3o_lightning.frontier import score_win_rate
 from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.generation import Sampling, decode_completions
+from p3o_lightning.model_reward import ModelReward
+from p3o_lightning.models import load_reward_backbone
 from p3o_lightning.responses import Responses
 from p3o_lightning.rewards import JudgeReward
 from p3o_lightning.seeds import mix
+from p3o_lightning.tokenizers import load_tokenizer
 
 DONE, PATH, LOG = "done.json", "path.jsonl", "log.txt"
 
@@ -117,7 +120,7 @@ class Measure(L.Callback):
     def __init__(self, job: RunJob, resumed_step: int | None) -> None:
         self.evaluate, self.path = job.evaluate, Path(job.folder) / PATH
         self.seed, self.resumed_step = job.seed, resumed_step
-        self.gold = None if self.evaluate.gold is None else FunctionReward(imported(self.evaluate.gold, "evaluate.gold"))
+        self.gold: Callable[[Responses], torch.Tensor] | None = None
         self.prompts: list[PromptBatch] = []
         self.steps: set[int] = set()
         self.lines: list[dict[str, Any]] = []
@@ -129,6 +132,7 @@ class Measure(L.Callback):
                 "model.reward_funcs begins with a judge, which has no scores to measure: put a reward first, of weight 0 if need be."
             )
         self.prompts = held_out(trainer, pl_module, self.evaluate.prompts)
+        self.gold = None if self.evaluate.gold is None else gold_reward(self.evaluate.gold, pl_module)
         updates = trainer.max_steps
         if updates < 0:
             updates = int(trainer.num_training_batches // trainer.accumulate_grad_batches * (trainer.max_epochs or 1))
@@ -194,6 +198,16 @@ class Measure(L.Callback):
             torch.cat(lengths),
             torch.cat(ended),
         )
+
+
+def gold_reward(name: str, policy: Any) -> Callable[[Responses], torch.Tensor]:
+    """A dotted function, or a reward model in a folder, which goes to the policy's device."""
+    if "/" not in name and not Path(name).exists():
+        return FunctionReward(imported(name, "evaluate.gold"))
+    own = load_tokenizer(name)
+    reward = ModelReward(load_reward_backbone(name, own, policy.hparams["dtype"], trained=True), own, policy.tokenizer, "gold")
+    reward.network.to(policy.device)
+    return reward
 
 
 def expected_kl(policy: Any, batch: PromptBatch, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
