@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from documents import DOCUMENTS, EVERY, ROOT, SHELLS, blocks, commands
 from test_chat import chat_tokenizer
+from test_metrics_document import documented
 from tiny import LLAMA
 
 from p3o_lightning import SupervisedPolicy
@@ -51,6 +52,22 @@ def test_paths_of_the_repository_exist(document):
     """What is set as code and begins with a folder of ours; `runs/` is written by runs, and `*` stands for some files."""
     for path in re.findall(r"`((?:configs|callbacks|tests|docs|benchmarks|p3o_lightning)/[\w./*-]*)", document.read_text(encoding="utf-8")):
         assert list(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists(), path
+
+
+def test_every_answer_of_the_faq_ends_with_where_to_see_it():
+    """A figure that is logged, words that the package prints, or what is held elsewhere: a test (above), a command, an option or a setting
+    (test_document_commands.py)."""
+    printed = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "p3o_lightning").rglob("*.py"))
+    answers = [part for part in (ROOT / "docs/faq.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("**")]
+    for answer in answers:
+        _, *seen = " ".join(answer.split()).split(" See: ")
+        assert len(seen) == 1, answer
+        named = re.findall(r"`([^`]+)`", seen[0])
+        assert named, answer
+        for name in named:
+            elsewhere = re.match(r"test_\w+$|p3o |make |--|[a-z_]+\.[a-z_]+$", name)
+            assert elsewhere or name in documented() or name.rstrip("/") in printed, name
+    assert len(answers) > 30
 
 
 def run_python(text: str, document: Path, names: dict[str, object]) -> None:
