@@ -1,4 +1,4 @@
-"""Weights made ready once for many forwards without gradient: cast, under autocast, or transposed for decoding on a CPU."""
+"""Casting weights: for good, buffers left as they are; once for many forwards without gradient; or transposed for decoding on a CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,26 @@ from p3o_lightning.compiling import is_compiled
 Forward = Callable[[Tensor], Tensor]
 
 STEPS = 32  # transposed copies of all weights cost what they save in about half as many tokens
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, a module may be cast to half precision; buffers that no checkpoint holds come out as they were, on its device.
+
+    Rotary frequencies are such: transformers makes them anew, exact, of whatever is exported. Rounded ones are off by
+    a radian for a distant token.
+    """
+    kept = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if name in owner._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
+    yield
+    for owner, name, buffer in kept:
+        now = getattr(owner, name)
+        if now.dtype.itemsize < min(buffer.dtype.itemsize, 4):
+            setattr(owner, name, buffer.to(now.device))
 
 
 @contextmanager

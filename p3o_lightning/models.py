@@ -14,8 +14,7 @@ import json
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,28 +162,8 @@ def _from_config(config: PreTrainedConfig, classifier: bool) -> PreTrainedModel:
         ) from error
 
 
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, a module may be cast to half precision; buffers that no checkpoint holds come out as they were, on its device.
-
-    Rotary frequencies are such: transformers makes them anew, exact, of whatever is exported. Rounded ones are off by
-    a radian for a distant token.
-    """
-    kept = [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-        if name in owner._non_persistent_buffers_set and buffer.is_floating_point()
-    ]
-    yield
-    for owner, name, buffer in kept:
-        now = getattr(owner, name)
-        if now.dtype.itemsize < min(buffer.dtype.itemsize, 4):
-            setattr(owner, name, buffer.to(now.device))
-
-
 def _cast(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Weights in `dtype`, buffers as they are: see `buffers_kept`."""
+    """Weights in `dtype`, buffers as they are: see `casting.buffers_kept`."""
     if dtype != "auto":
         kind = dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
         for parameter in model.parameters():

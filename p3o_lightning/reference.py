@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from p3o_lightning.casting import buffers_kept
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, turn_dropout_off
-from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, buffers_kept, load_policy, read_checkpoint
+from p3o_lightning.models import CHECKPOINT_KEY, ModelSource, load_policy, read_checkpoint
 from p3o_lightning.sharding import blend, load_whole, place_frozen, whole_state_dict
 from p3o_lightning.stage import Stage
 

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from p3o_lightning.casting import buffers_kept
 from p3o_lightning.compiling import check_compiler, compile_layers
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
@@ -32,7 +33,6 @@ from p3o_lightning.models import (
     CHECKPOINT_KEY,
     ModelSource,
     attach_adapter,
-    buffers_kept,
     config_of,
     describe,
     from_description,

@@ -1,4 +1,4 @@
-"""Weights cast once for a rollout give to the bit what autocast makes of them at every forward."""
+"""Weights cast once for a rollout give to the bit what autocast makes of them at every forward; a model cast for good keeps its buffers."""
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from p3o_lightning.casting import STEPS, cast_once, laid_out
+from p3o_lightning.casting import STEPS, buffers_kept, cast_once, laid_out
 from p3o_lightning.forwards import completion_logps, sequence_scores
 from p3o_lightning.generation import Sampling, sample_with_logps
 from p3o_lightning.models import attach_adapter
@@ -129,3 +129,38 @@ def test_the_layers_are_as_they_were_after_it_and_nothing_happens_without_autoca
         with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=enabled), cast_once(model):
             assert ("forward" in vars(model.lm_head)) == (enabled and not grad)
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+# ---- for good
+
+
+def buffered() -> nn.Module:
+    """A weight, and inside: frequencies that no checkpoint holds, a statistic that one does, and places, which are whole numbers."""
+    inner = nn.Module()
+    inner.register_buffer("frequencies", torch.tensor([1 / 3]), persistent=False)
+    inner.register_buffer("statistic", torch.tensor([1 / 3]))
+    inner.register_buffer("places", torch.tensor([7]), persistent=False)
+    return nn.ModuleDict({"weight": nn.Linear(1, 1), "inner": inner})
+
+
+def test_a_model_that_is_rounded_keeps_the_buffers_that_are_made_anew_of_whatever_is_loaded():
+    model = buffered()
+    with buffers_kept(model):
+        model.to(torch.bfloat16)
+    inner = model["inner"]
+    assert model["weight"].weight.dtype == inner.statistic.dtype == torch.bfloat16
+    assert torch.equal(inner.frequencies, torch.tensor([1 / 3])) and torch.equal(inner.places, torch.tensor([7]))
+
+
+def test_a_model_made_more_precise_has_its_buffers_made_so_too():
+    model = buffered()
+    with buffers_kept(model):
+        model.to(torch.float64)
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float64, torch.int64}
+
+
+def test_a_buffer_that_is_kept_moves_with_its_model():
+    model = buffered()
+    with buffers_kept(model):
+        model.to("meta", torch.bfloat16)
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"} and model["inner"].frequencies.dtype == torch.float32

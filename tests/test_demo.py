@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from p3o_lightning.cli import main
 from p3o_lightning.commands import demo_task
@@ -19,6 +20,14 @@ def test_gold_by_hand() -> None:
     assert demo_task.gold_score(" the room was awful .") == pytest.approx(-0.3)
     many = " ".join(f"the room was {word} ," for word in demo_task.GOOD[:6])
     assert demo_task.gold_score(many) == pytest.approx(demo_task.CEILING)
+
+
+def test_gold_of_the_demo_has_the_signature_of_a_reward() -> None:
+    assert demo_task.gold(completions=["the room was great ."], prompts=["p"]) == [0.3]
+    shifts = demo_task.prompt_shift(prompts=["a", "a", "b"], completions=["x", "y", "z"])
+    assert shifts[0] == shifts[1] != shifts[2]
+    many = torch.tensor(demo_task.prompt_shift(prompts=[str(number) for number in range(2000)]))
+    assert many.mean().abs() < 0.1 and (many.std() - 1).abs() < 0.1
 
 
 def test_the_corpus_scores_far_below_the_best_text() -> None:

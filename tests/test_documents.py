@@ -1,58 +1,20 @@
-"""The documents tell the truth: what they name is there, Python runs, commands parse, and the tutorial works from end to end."""
+"""The documents tell the truth: what they name is there, Python runs, and the tutorial works from end to end."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import yaml
+from documents import DOCUMENTS, EVERY, ROOT, SHELLS, blocks, commands
 from test_chat import chat_tokenizer
+from test_metrics_document import documented
 from tiny import LLAMA
 
-from p3o_lightning import SupervisedPolicy, cli
-from p3o_lightning.commands import plan_page, trainer
-
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(
-    [*ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-)
-EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-SHELLS = ("bash", "sh", "console")
-
-
-class Block(NamedTuple):
-    """A fenced block of a document."""
-
-    language: str
-    text: str
-
-
-def blocks(document: Path) -> list[Block]:
-    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.M | re.S)]
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """The words of every `p3o` command in lines of a shell, whoever starts it; a backslash joins lines."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.replace("<stage>", "policy"), comments=True)
-        starts = [place for place, word in enumerate(words) if word == "p3o_lightning.cli"]
-        starts += [place for place, word in enumerate(words) if word in ("p3o", ".venv/bin/p3o")]
-        if starts:
-            yield words[starts[0] + 1 :]
-
-
-def commands_of(document: Path) -> list[list[str]]:
-    """Those of its blocks, and those that stand in a sentence: `p3o fit ...`; a command alone, without options, is only a name."""
-    inline = re.findall(r"`(p3o [a-z]+ -[^`]*)`", document.read_text(encoding="utf-8").replace("\n", " "))
-    shells = [block.text for block in blocks(document) if block.language in SHELLS]
-    return [words for text in [*shells, *inline] for words in commands(text)]
+from p3o_lightning import SupervisedPolicy
 
 
 def names_in(file: Path) -> set[str]:
@@ -92,32 +54,20 @@ def test_paths_of_the_repository_exist(document):
         assert list(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists(), path
 
 
-@EVERY
-def test_make_targets_exist(document):
-    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    named = set(re.findall(r"(?:`|^ *\$? ?|&& )make ([a-z][a-z0-9-]*)", document.read_text(encoding="utf-8"), re.M))
-    assert named <= targets, named - targets
-
-
-@EVERY
-def test_commands_parse(document, p3o, monkeypatch, tmp_path):
-    """Every config exists and every flag is known, with its value. A config of the reader's own, a name alone, stands for any."""
-    monkeypatch.setenv("P3O_DATA", str(tmp_path))
-    own = yaml.safe_load((ROOT / "configs/debug/policy.yaml").read_text())
-    for words in commands_of(document):
-        command, options = words[0], [word for word in words[1:] if word != "..."]
-        assert command in (*cli.COMMANDS, *cli.TRAINER_COMMANDS), words
-        for place, word in enumerate(options):
-            if options[place - 1] in ("--config", "--plan") and ("/" not in word or word == "FILE"):
-                (tmp_path / word).write_text(yaml.safe_dump(own))
-        if command in cli.TRAINER_COMMANDS:
-            if not {"--help", "--print_config"} & set(options):
-                trainer.main([command, *options], plan_page.Planned)
-        elif "--plan" in options:
-            assert p3o(command, *options).code in (0, 2), words  # 2: a model that is not here
-        else:
-            flags = {word.partition("=")[0] for word in options if word.startswith("--")}
-            assert flags <= set(re.findall(r"--[\w-]+", p3o(command, "--help").out)), words
+def test_every_answer_of_the_faq_ends_with_where_to_see_it():
+    """A figure that is logged, words that the package prints, or what is held elsewhere: a test (above), a command, an option or a setting
+    (test_document_commands.py)."""
+    printed = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "p3o_lightning").rglob("*.py"))
+    answers = [part for part in (ROOT / "docs/faq.md").read_text(encoding="utf-8").split("\n\n") if part.startswith("**")]
+    for answer in answers:
+        _, *seen = " ".join(answer.split()).split(" See: ")
+        assert len(seen) == 1, answer
+        named = re.findall(r"`([^`]+)`", seen[0])
+        assert named, answer
+        for name in named:
+            elsewhere = re.match(r"test_\w+$|p3o |make |--|[a-z_]+\.[a-z_]+$", name)
+            assert elsewhere or name in documented() or name.rstrip("/") in printed, name
+    assert len(answers) > 30
 
 
 def run_python(text: str, document: Path, names: dict[str, object]) -> None:

@@ -172,14 +172,6 @@ def test_the_version_stands_in_one_place():
     assert not [path for path in others if re.search(rf"version\w*\s*[=:]\s*[\"']?{re.escape(version)}\b", path.read_text())]
 
 
-def test_every_make_target_named_in_the_documents_exists():
-    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    documents = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")) if path.exists()]
-    # Only what is set as code: "make sure" in a sentence is no target.
-    named = {name for path in documents for name in re.findall(r"(?:`|^ *\$? ?|&& )make ([a-z][a-z0-9-]*)", path.read_text(), re.MULTILINE)}
-    assert named and named <= targets, f"not in the Makefile: {sorted(named - targets)}"
-
-
 # ---- imports point down only ----
 
 

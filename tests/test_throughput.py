@@ -1,10 +1,12 @@
-"""What `Throughput` logs, and the phases in Lightning's own profiler."""
+"""What `Throughput` logs, read back from the event file, and the phases in Lightning's own profiler."""
 
 import time
 
 import lightning.pytorch as L
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
+from running import scalars
 
 from p3o_lightning import PairwisePolicy, PreferenceDataModule, SupervisedPolicy
 from p3o_lightning.callbacks import Throughput
@@ -53,16 +55,16 @@ def test_the_parts_of_a_rollout_by_a_clock_of_our_own(tmp_path, monkeypatch):
             clock.now += 7
 
     module = policy(Slow, reward_funcs=reward, num_iterations=2)
-    recorder = Recorder()
-    flags = {"logger": recorder, "log_every_n_steps": 1, "max_steps": 6}
+    flags = {"logger": TensorBoardLogger(tmp_path, name="logs", version=0), "log_every_n_steps": 1, "max_steps": 6}
     trainer(tmp_path, callbacks=[Between(), Throughput()], **flags).fit(module, module.wrap_train_dataloader(prompts()))
-    rows = [(step, row) for step, row in recorder.rows if "throughput/tokens_per_second" in row]
-    lengths = [row["completions/mean_length"] for _, row in recorder.rows if "completions/mean_length" in row]
-    assert [step for step, _ in rows] == [1, 3, 5]  # two updates a rollout
-    for (_, row), length in zip(rows, lengths, strict=True):
-        assert [row[f"throughput/{part}_seconds"] for part in PARTS] == [0, 3, 10, 14]
-        assert row["throughput/tokens_per_second"] == pytest.approx(8 * length / 27)
-        assert row["throughput/peak_memory_mib"] > 50
+    shown = scalars(tmp_path / "logs/version_0", clock=True)
+    steps = [1, 3, 5]  # two updates a rollout
+    for part, seconds in zip(PARTS, [0, 3, 10, 14], strict=True):
+        assert shown[f"throughput/{part}_seconds"] == [(step, seconds) for step in steps], part
+    lengths = [length for _, length in shown["completions/mean_length"]]
+    speeds = [pytest.approx(8 * length / 27) for length in lengths]
+    assert shown["throughput/tokens_per_second"] == list(zip(steps, speeds, strict=True)) and len(set(lengths)) > 1
+    assert [step for step, mib in shown["throughput/peak_memory_mib"] if mib > 50] == steps
 
 
 def test_sampling_and_log_probabilities_are_told_apart(tmp_path, monkeypatch):
