@@ -41,10 +41,12 @@ def test_a_plan_takes_over_what_another_says(tmp_path):
 
 def test_seed_and_task_are_filled_in(tmp_path):
     stages = {"sft": {"config": "configs/debug/sft.yaml", "settings": {"data.path": "{task}/data-{seed}.jsonl"}}}
-    plan = read_plan(str(plan_file(tmp_path, settings={"model.model": "{task}/sft/export"}, stages=stages, seeds=[3])))
+    settings, evaluate = {"model.model": "{task}/sft/export"}, {"gold": "{task}/gold/export"}
+    plan = read_plan(str(plan_file(tmp_path, settings=settings, evaluate=evaluate, stages=stages, seeds=[3])))
     task = plan.tasks(tmp_path)[3]
     assert task.stages[0].settings["data.path"] == f"{task.folder}/data-3.jsonl"
     assert plan.cells(tmp_path)[0].job.settings["model.model"] == f"{task.folder}/sft/export"
+    assert plan.cells(tmp_path)[0].job.evaluate.gold == f"{task.folder}/gold/export"
 
 
 @pytest.mark.parametrize(

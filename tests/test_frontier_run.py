@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from frontier_plans import SMALL
-from tiny import collate, equal, policy
+from tiny import LLAMA, collate, equal, policy
 
+from p3o_lightning import RewardModel
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.commands import frontier_run
 from p3o_lightning.commands.frontier_plan import Evaluate, RunJob
@@ -85,6 +86,21 @@ def test_of_an_ensemble_the_whole_is_measured_and_not_its_first_member(p3o, monk
     frontier_run.train(run)
     for line in lines_of(run):
         assert line["learned"] == pytest.approx(2 * line["gold"]) and line["gold"] > 0
+
+
+def test_gold_may_be_a_reward_model_of_its_own(p3o):
+    """As where people's comparisons are all that is known. It measures, and the run is the same run."""
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        RewardModel(LLAMA, tokenizer="bytes").export(p3o.folder / "rewards" / name)
+    settings = {"model.reward_funcs": "rewards/first"}
+    same, other = (job(p3o.folder / name, rollouts=1, settings=settings, evaluate={"gold": f"rewards/{name}"}) for name in ("first", "second"))
+    for run in (same, other):
+        frontier_run.train(run)
+    for one, two in zip(lines_of(same), lines_of(other), strict=True):
+        assert one["gold_each"] == one["learned_each"] == two["learned_each"] != two["gold_each"]
+    with pytest.raises(InputError, match="rewards/third"):
+        frontier_run.train(job(p3o.folder / "third", rollouts=1, settings=settings, evaluate={"gold": "rewards/third"}))
 
 
 def test_a_judge_alone_has_no_scores_to_measure(p3o, monkeypatch):
