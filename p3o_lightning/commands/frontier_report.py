@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p3o_lightning.commands.frontier_plan import SERIES, Cell, Plan
-from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
+from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics, rows_of_wins
 from p3o_lightning.commands.frontier_run import DONE, PATH, read_lines
 from p3o_lightning.errors import InputError
 
@@ -23,13 +23,16 @@ class Failed(NamedTuple):
 
 
 def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder: Path) -> Path:
-    """Write rows.csv, statistics.csv, report.md and the figures; returns the folder."""
+    """Write rows.csv, wins.csv, statistics.csv, report.md and the figures; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for cell in finished for row in run_rows(cell)]
     write_rows(folder / "rows.csv", rows)
     left_out = {(item.cell.variant, item.cell.job.seed) for item in missing}
     points = Points([row for row in rows if (row["variant"], row["seed"]) not in left_out], plan)
-    statistics = compute_statistics(plan, points)
+    wins = rows_of_wins(plan, points)
+    if wins:  # of one variant alone there are none
+        write_rows(folder / "wins.csv", wins)
+    statistics = compute_statistics(plan, points, wins)
     write_rows(folder / "statistics.csv", [item._asdict() for item in statistics])
     figures = draw(plan, points, statistics, folder)
     early = [(cell, outcome) for cell in finished if (outcome := outcome_of(cell)) != "finished"]
@@ -90,7 +93,8 @@ def markdown(
     lines += [
         f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are "
         "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest "
-        "are read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
+        "are read at the policies that it picks. `rows.csv` has every evaluation, `wins.csv` what two of them won "
+        "against each other, `statistics.csv` every figure.",
         "",
         *([_FEW, ""] if 1 < count < 5 else []),
         "## Area under the frontier",
