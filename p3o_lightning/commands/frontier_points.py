@@ -42,10 +42,14 @@ class Statistic(NamedTuple):
 
 
 class Points:
-    """The evaluations by variant and seed, and the KL range that the variants are compared over."""
+    """The evaluations by variant and seed, and the KL range that the variants are compared over.
+
+    A row that says why it is `left_out` counts nowhere.
+    """
 
     def __init__(self, rows: list[Row], plan: Plan) -> None:
         self.by: dict[str, dict[int, list[Row]]] = {}
+        rows = [row for row in rows if not row.get("left_out")]
         for row in rows:
             self.by.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(row)
         self.by = {variant.name: self.by[variant.name] for variant in plan.variants if variant.name in self.by}
