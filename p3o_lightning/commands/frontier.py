@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         failed = run_all(list(tasks.values()), list(runs.values()), given.workers)
     for plan in plans:
         finished = [cell for cell in cells[plan.name] if is_done(cell.job)]
-        missing = [Failed(cell, failed.get(cell.job.folder, "not run")) for cell in cells[plan.name] if not is_done(cell.job)]
+        missing = [Failed(cell, failed.get(cell.job.folder, "not run to its end")) for cell in cells[plan.name] if not is_done(cell.job)]
         if finished:
             diverged = write_report(plan, finished, missing, out / plan.name)
             told = f"{len(finished)} of {len(cells[plan.name])} runs{f', of which {len(diverged)} diverged' if diverged else ''}"
