@@ -92,7 +92,7 @@ PLANS := $(STUDY:%=benchmarks/study/%.yaml)
 study: setup  ## the whole study of docs/study.md, about an hour of one core: figures, CSVs, tables
 	$(BIN)/p3o frontier benchmarks/study/tuning.yaml $(PLANS) --out runs/study
 	for plan in tuning $(STUDY); do mkdir -p benchmarks/results/study/$$plan; \
-	  cp runs/study/$$plan/{rows,statistics}.csv benchmarks/results/study/$$plan/; done
+	  cp runs/study/$$plan/{rows,wins,statistics}.csv benchmarks/results/study/$$plan/; done
 	cp runs/study/methods/frontier.png docs/figures/frontier.png
 	for plan in $(filter-out methods,$(STUDY)); do cp runs/study/$$plan/areas.png docs/figures/$$plan-areas.png; done
 	$(BIN)/python benchmarks/study_tables.py

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from p3o_lightning.batches import DemonstrationBatch, Experience, PairBatch
 from p3o_lightning.callbacks.search import CARRIED, Rounds, Seen, bad_rows, not_finite, random_states
-from p3o_lightning.errors import InputError, Stopped
+from p3o_lightning.errors import Diverged, InputError
 
 FIGURES = ("objective/kl", "objective/entropy", "objective/scores", "objective/scores_margin")  # finite if all of CARRIED is
 _TRAINED = "Lower model.lr, set trainer.gradient_clip_val to 1, or use a wider dtype (model.dtype float32, trainer.precision bf16-mixed)"
@@ -105,7 +105,7 @@ class FiniteGuard(L.Callback):
         if _any_rank(trainer, made is not None and _carried(made) is not None):
             self._condemned = True
             if self.action == "stop":
-                raise Stopped(self._report(trainer, pl_module))
+                raise Diverged(self._report(trainer, pl_module))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Keep the loss until its update is checked: a look at each would make the GPU wait."""
@@ -128,7 +128,7 @@ class FiniteGuard(L.Callback):
     def _leave_out(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         report = self._report(trainer, pl_module)
         if self.action == "stop" or isinstance(trainer.strategy, DeepSpeedStrategy):  # its engine keeps gradients of its own
-            raise Stopped(report)
+            raise Diverged(report)
         scaled_inside = getattr(trainer.precision_plugin, "scaler", None) and getattr(optimizer, "_step_supports_amp_scaling", False)
         for parameter in _parameters(optimizer):
             if scaled_inside and parameter.grad is not None:
@@ -138,7 +138,7 @@ class FiniteGuard(L.Callback):
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.max_consecutive:
-            raise Stopped(f"{self.in_a_row} updates in a row were not finite (finite.max_consecutive {self.max_consecutive}). {report}")
+            raise Diverged(f"{self.in_a_row} updates in a row were not finite (finite.max_consecutive {self.max_consecutive}). {report}")
         rank_zero_warn(f"update skipped: {report}")
 
     # ---- what is said and saved

@@ -1,4 +1,4 @@
-"""The one error that users' input raises, and its kind that ends training on purpose; every other exception is a fault of ours."""
+"""The one error that users' input raises, and its kinds that end training on purpose; every other exception is a fault of ours."""
 
 
 class InputError(ValueError):
@@ -19,3 +19,7 @@ class Stopped(InputError):
     def __init__(self, message: str, *, save: bool = False) -> None:
         super().__init__(message)
         self.save = save
+
+
+class Diverged(Stopped):
+    """Training stopped because a number was NaN or infinite, so that nothing more can be said of this run."""

@@ -102,15 +102,29 @@ def area_under(kl: ArrayLike, reward: ArrayLike, kl_range: float, of: ArrayLike 
     return sum((right - left) * (one + other) / 2 for left, right, one, other in pieces) / kl_range
 
 
-def score_win_rate(ours: ArrayLike, theirs: ArrayLike) -> float:
-    """Share of comparisons won, a tie counts one half: every response of ours to a prompt against every one of theirs to it.
+def score_counts(ours: ArrayLike, theirs: ArrayLike) -> tuple[int, int, int]:
+    """Wins, ties and losses of ours: every response of ours to a prompt against every one of theirs to it.
 
     Args:
         ours: scores by [prompt, response].
         theirs: scores by [prompt, response], of the same prompts.
+
+    >>> score_counts([[1.0, 2.0]], [[1.0, 0.0]])
+    (3, 1, 0)
     """
     a, b = np.asarray(ours, float)[:, :, None], np.asarray(theirs, float)[:, None, :]
-    return float(((a > b) + 0.5 * (a == b)).mean())
+    return int((a > b).sum()), int((a == b).sum()), int((a < b).sum())
+
+
+def score_win_rate(ours: ArrayLike, theirs: ArrayLike) -> float:
+    """Share of the comparisons of `score_counts` that ours win, a tie counts one half."""
+    return win_share(*score_counts(ours, theirs))
+
+
+def win_share(wins: int, ties: int, losses: int) -> float:
+    """Share of comparisons won, a tie counts one half; NaN of none."""
+    total = wins + ties + losses
+    return (wins + ties / 2) / total if total else math.nan
 
 
 class Interval(NamedTuple):

@@ -616,7 +616,7 @@ def two(folder, *callbacks, **settings):
     try:
         run.fit(module, module.wrap_train_dataloader(prompts()))
     except torch.multiprocessing.ProcessRaisedException as error:
-        assert "errors.Stopped: " in str(error)
+        assert "errors.Diverged: " in str(error)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

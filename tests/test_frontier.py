@@ -45,7 +45,8 @@ def test_the_whole_command(here):
     ended = here("frontier", path, "--out", "out")
     assert ended.code == 0 and "8 of 8 runs" in ended.out, ended
     folder = here.folder / "out" / "plan"
-    assert sorted(item.name for item in folder.iterdir()) == ["frontier.png", "frontier.svg", "report.md", "rows.csv", "statistics.csv"]
+    written = ["frontier.png", "frontier.svg", "report.md", "rows.csv", "statistics.csv", "wins.csv"]
+    assert sorted(item.name for item in folder.iterdir()) == written
     rows = list(csv.DictReader((folder / "rows.csv").open()))
     assert len(rows) == 8 * 3 and {row["variant"] for row in rows} == {"P3O", "RLOO"}
     assert {row["model.kl_coef"] for row in rows} == {"0.001", "0.1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 import sys
@@ -20,9 +21,15 @@ import study_tables  # noqa: E402
 
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
 RESULTS = sorted((ROOT / "benchmarks/results/study").iterdir())
+STUDY = {path.stem for path in PLANS}
 TEXT = (ROOT / "docs/study.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"<!-- (\w+): ([^>]*) -->\n((?:\|.*\n)+)")
 P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
+
+
+def has_wins(folder: Path) -> bool:
+    """Of the study every response's score was there to count from; of the trial on a real model no run was kept."""
+    return folder.name in STUDY or (folder / "wins.csv").exists()
 
 
 def plan_of(name: str) -> str:
@@ -34,14 +41,16 @@ def plan_of(name: str) -> str:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The CSV's rows, numbers as numbers."""
 
-    def value(text: str) -> Any:
+    def value(name: str, text: str) -> Any:
+        if name.endswith("run"):  # a name of hexadecimal digits, of which some could be read as a number
+            return text
         try:
             return float(text)
         except ValueError:
             return text
 
     with path.open(encoding="utf-8") as file:
-        return [{name: value(text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
+        return [{name: value(name, text) for name, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -71,15 +80,90 @@ def test_tuning_spends_as_much_on_ppo_as_on_p3o(monkeypatch):
 def test_the_statistics_are_those_of_the_evaluations(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = read_plan(plan_of(folder.name))
-    again = {
-        (item.variant, item.quantity, item.against): item for item in compute_statistics(plan, Points(rows_of(folder / "rows.csv"), plan))
-    }
+    wins = rows_of(folder / "wins.csv") if has_wins(folder) else None
+    points = Points(rows_of(folder / "rows.csv"), plan)
+    again = {(item.variant, item.quantity, item.against): item for item in compute_statistics(plan, points, wins)}
     found = {(row["variant"], row["quantity"], row.get("against", "")): row for row in rows_of(folder / "statistics.csv")}
-    assert again.keys() <= found.keys()
-    assert {key for key in found.keys() - again.keys() if not key[1].startswith("wins_")} == set()  # those need every response's score
+    assert again.keys() == {key for key in found if wins is not None or not key[1].startswith("wins_")}
     for key, item in again.items():
         for name in ("mean", "low", "high", "p_student", "p_holm", "p_sign_flip", "seeds"):
             assert getattr(item, name) == pytest.approx(found[key].get(name, math.nan), rel=1e-5, abs=1e-9, nan_ok=True), (key, name)
+
+
+Evaluation = dict[str, Any]
+
+
+def best_mixture(points: list[Evaluation], budget: float) -> list[tuple[float, Evaluation]]:
+    """The two evaluations, and their weights, whose mixture has the greatest learned reward for a KL of `budget`, by trying all of them."""
+    best: tuple[float, list[tuple[float, Evaluation]]] = (-math.inf, [])
+    for one, other in itertools.combinations_with_replacement(sorted(points, key=lambda point: max(point["kl"], 0.0)), 2):
+        low, high = max(one["kl"], 0.0), max(other["kl"], 0.0)
+        shares = [share for share in (0.0, 1.0, *([(budget - low) / (high - low)] if high > low else [])) if 0 <= share <= 1]
+        for share in shares:
+            reward = (1 - share) * one["learned"] + share * other["learned"]
+            if (1 - share) * low + share * high <= budget + 1e-12 and reward > best[0] + 1e-12:
+                best = reward, [(1 - share, one), (share, other)]
+    return [(weight, point) for weight, point in best[1] if weight > 1e-12]
+
+
+@pytest.mark.parametrize("folder", [path for path in RESULTS if has_wins(path)], ids=lambda path: path.name)
+def test_wins_over_the_baseline_are_those_of_the_two_best_mixtures(folder, monkeypatch):
+    """Without the project's own code: every mixture of two evaluations is tried, and the two that are best meet, part by part."""
+    monkeypatch.chdir(ROOT)
+    plan, by_seed = read_plan(plan_of(folder.name)), dict[Any, list[Evaluation]]()
+    for row in rows_of(folder / "rows.csv"):
+        by_seed.setdefault((row["variant"], row["seed"]), []).append(row)
+    met = {
+        (row["run"], row["updates"], row["against_run"], row["against_updates"]): (row["wins_gold"], row["ties_gold"], row["losses_gold"])
+        for row in rows_of(folder / "wins.csv")
+    }
+    told = [row for row in rows_of(folder / "statistics.csv") if row["quantity"].startswith("wins_gold@")]
+    assert len(told) == len(plan.budgets or (0.5, 1, 2)) * sum(variant.name != plan.baseline_of(variant.name) for variant in plan.variants)
+    for row in told:
+        shares, budget = [], float(row["quantity"].partition("@")[2])
+        for seed in plan.seeds:
+            ours, theirs = (best_mixture(by_seed[name, seed], budget) for name in (row["variant"], row["against"]))
+            share = 0.0
+            for (a, one), (b, other) in itertools.product(ours, theirs):
+                wins, ties, losses = met[one["run"], one["updates"], other["run"], other["updates"]]
+                share += a * b * (2 * wins + ties) / 2 / (wins + ties + losses)
+            shares.append(share)
+        assert row["mean"] == pytest.approx(sum(shares) / len(shares), abs=2e-6), row
+
+
+@pytest.mark.parametrize("folder", [path for path in RESULTS if has_wins(path)], ids=lambda path: path.name)
+def test_wins_over_a_start_are_those_that_the_evaluation_itself_has(folder):
+    """Runs of a seed that start from the same draws have these win rates in rows.csv already, from another count."""
+    rows = rows_of(folder / "rows.csv")
+    rates = {(row["run"], row["updates"]): row["win_rate_gold"] for row in rows}
+    starts = {row["run"]: (row["learned"], row["gold"], row["length"]) for row in rows if row["updates"] == 0}
+    seen = 0
+    for row in rows_of(folder / "wins.csv"):
+        comparisons = row["wins_gold"] + row["ties_gold"] + row["losses_gold"]
+        assert comparisons == 64 * 4 * 4  # prompts x each response with each
+        share = (row["wins_gold"] + row["ties_gold"] / 2) / comparisons
+        if starts[row["run"]] != starts[row["against_run"]]:
+            continue  # other batches of prompts, so other draws
+        if row["against_updates"] == 0:
+            assert share == pytest.approx(rates[row["run"], row["updates"]], abs=1e-6)
+        elif row["updates"] == 0:
+            assert share == pytest.approx(1 - rates[row["against_run"], row["against_updates"]], abs=1e-6)
+        seen += row["against_updates"] == 0 or row["updates"] == 0
+    assert seen or folder.name == "responses"  # where baselines differ in their batches from all that is compared with them
+
+
+@pytest.mark.parametrize("folder", [path for path in RESULTS if path.name in STUDY], ids=lambda path: path.name)
+def test_no_run_is_missing_diverged_or_ended_early(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan, rows = read_plan(plan_of(folder.name)), rows_of(folder / "rows.csv")
+    reached: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        place = (row["variant"], row["seed"], *(row[name] for name in plan.variants[0].grid))
+        reached[place] = max(reached.get(place, 0.0), row["responses"])
+        assert "left_out" not in row and all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+    cells = {(cell.variant, cell.job.seed, *cell.choice.values()) for cell in plan.cells(Path("out"))}
+    assert reached == dict.fromkeys(cells, 2048.0)  # responses drawn by the end
+    assert "No run failed or ended early" in TEXT
 
 
 def cells() -> list[tuple[str, str, str, str]]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -154,6 +156,56 @@ def test_a_server_judges(files, monkeypatch):
     server.server.shutdown()
 
 
+def test_settings_of_a_server_reach_its_requests(files, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv(KEY, raising=False)
+    server, at_once, most = FakeServer(), [0], [0]
+    lock = threading.Lock()
+
+    def slow(request, number):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+        return longer(request, number)
+
+    server.answer = slow
+    write(files.folder / "a.jsonl", [(word, ["aaa"]) for word in WORDS])
+    write(files.folder / "b.jsonl", [(word, ["b"]) for word in WORDS])
+    (files.folder / "kindest.txt").write_text('Which is kinder? Say "1", "2" or "tie".')
+    numbers = ["--judge_max_tokens", 500, "--judge_concurrency", 2]
+    options = ["--judge_options", '{"temperature": 0.6, "seed": 7, "max_tokens": null, "max_completion_tokens": 500}']
+    ask = ["a.jsonl", "b.jsonl", "--judge", server.url, "--judge_model", "org/m", "--judge_instructions", "kindest.txt"]
+    got, _ = rated(files, *ask, *numbers)
+    assert got["win_rate"] == 1 and most[0] == 2
+    body = server.requests[0]["body"]
+    assert (body["messages"][0]["content"], body["max_tokens"], body["temperature"]) == ('Which is kinder? Say "1", "2" or "tie".', 500, 0)
+    got, _ = rated(files, *ask, *numbers, *options)
+    body = server.requests[-1]["body"]
+    assert (body["temperature"], body["seed"], body["max_completion_tokens"]) == (0.6, 7, 500) and "max_tokens" not in body
+    assert got["judge_settings"]["instructions"].startswith("Which is kinder?") and got["judge_settings"]["options"]["seed"] == 7
+    assert got["judge_settings"]["model"] == "org/m"
+    server.server.shutdown()
+
+
+def test_time_outs_and_retries_of_a_server(files, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv(KEY, raising=False)
+    server, release = FakeServer(), threading.Event()
+    server.answer = lambda request, number: (release.wait(10), "1")[1]
+    write(files.folder / "a.jsonl", [("p", ["aaa"])])
+    write(files.folder / "b.jsonl", [("p", ["b"])])
+    ask = ["winrate", "a.jsonl", "b.jsonl", "--judge", server.url, "--judge_model", "m"]
+    assert "no reply in 0.2 s" in files(*ask, "--judge_timeout", 0.2, "--judge_retries", 0).error
+    once = len(server.requests)
+    assert "no reply in 0.2 s" in files(*ask, "--judge_timeout", 0.2, "--judge_retries", 1).error
+    assert len(server.requests) == once + 2 * once
+    release.set()
+    server.server.shutdown()
+
+
 # ---- the reward model as a judge
 
 
@@ -189,7 +241,7 @@ def test_mistakes_in_one_line(files):
     b = write(files.folder / "b.jsonl", [("q", ["b"])])
     (files.folder / "bad.jsonl").write_text('{"prompt": "p", "responses": "a"}\n')
     policy().export("one/export")
-    judge = ["--judge", "mine.first"]
+    judge, server = ["--judge", "mine.first"], ["--judge", "http://127.0.0.1:9", "--judge_model", "m"]
     for arguments, *words in (
         ([a, a], "--judge"),
         ([a, b, *judge], "no prompt in common"),
@@ -204,6 +256,16 @@ def test_mistakes_in_one_line(files):
         ([a, a, "--judge", "runs/absent/export"], "--judge is 'runs/absent/export'"),
         ([a, a, "--judge", "one/export"], "--judge is 'one/export'", "trained scalar head"),
         ([a, a, "--judge", "http://127.0.0.1:9"], "--judge_model is missing"),
+        ([a, a, *server, "--judge_timeout", "0"], "--judge_timeout is 0.0"),
+        ([a, a, *server, "--judge_retries", "-1"], "--judge_retries is -1"),
+        ([a, a, *server, "--judge_concurrency", "0"], "--judge_concurrency is 0"),
+        ([a, a, *server, "--judge_max_tokens", "0"], "--judge_max_tokens is 0"),
+        ([a, a, *server, "--judge_options", "[1]"], "--judge_options is '[1]'", "JSON object"),
+        ([a, a, *server, "--judge_options", "seed=1"], "--judge_options is 'seed=1'", "JSON object"),
+        ([a, a, *server, "--judge_instructions", "absent.txt"], "--judge_instructions is 'absent.txt'", "text file"),
+        ([a, a, "--judge", "http:///v1", "--judge_model", "m"], "--judge is 'http:///v1'"),
+        ([a, a, *judge, "--judge_retries", "5"], "--judge_retries is 5", "'mine.first'", "no server"),
+        ([a, a, *judge, "--judge_model", "m"], "--judge_model is 'm'", "no server"),
         ([a, a, *judge, "--max_prompts", "0"], "--max_prompts is 0"),
         ([a, a, *judge, "--out", "mine.py"], "--out is 'mine.py'"),
     ):

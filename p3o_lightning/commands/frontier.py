@@ -39,10 +39,11 @@ def main(arguments: list[str]) -> None:
         failed = run_all(list(tasks.values()), list(runs.values()), given.workers)
     for plan in plans:
         finished = [cell for cell in cells[plan.name] if is_done(cell.job)]
-        missing = [Failed(cell, failed.get(cell.job.folder, "not run")) for cell in cells[plan.name] if not is_done(cell.job)]
+        missing = [Failed(cell, failed.get(cell.job.folder, "not run to its end")) for cell in cells[plan.name] if not is_done(cell.job)]
         if finished:
-            folder = write_report(plan, finished, missing, out / plan.name)
-            print(f"{plan.name}: {len(finished)} of {len(cells[plan.name])} runs; report in {folder / 'report.md'}", flush=True)
+            diverged = write_report(plan, finished, missing, out / plan.name)
+            told = f"{len(finished)} of {len(cells[plan.name])} runs{f', of which {len(diverged)} diverged' if diverged else ''}"
+            print(f"{plan.name}: {told}; report in {out / plan.name / 'report.md'}", flush=True)
         else:
             print(f"{plan.name}: no run is finished, so there is nothing to report", flush=True)
     if failed:

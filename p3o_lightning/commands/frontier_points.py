@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +17,13 @@ from p3o_lightning.frontier import (
     holm,
     mixture_at,
     paired_difference,
+    score_counts,
     score_win_rate,
+    win_share,
 )
 
 Row = dict[str, Any]  # an evaluation: its variant, seed and means
+Rate = Callable[[Row, Row, str], float]  # win rate by a reward of one evaluation's responses over another's
 
 
 class Statistic(NamedTuple):
@@ -38,10 +42,14 @@ class Statistic(NamedTuple):
 
 
 class Points:
-    """The evaluations by variant and seed, and the KL range that the variants are compared over."""
+    """The evaluations by variant and seed, and the KL range that the variants are compared over.
+
+    A row that says why it is `left_out` counts nowhere.
+    """
 
     def __init__(self, rows: list[Row], plan: Plan) -> None:
         self.by: dict[str, dict[int, list[Row]]] = {}
+        rows = [row for row in rows if not row.get("left_out")]
         for row in rows:
             self.by.setdefault(row["variant"], {}).setdefault(row["seed"], []).append(row)
         self.by = {variant.name: self.by[variant.name] for variant in plan.variants if variant.name in self.by}
@@ -101,18 +109,67 @@ def evaluations(points: list[Row], kl_range: float) -> float:
     return float(sum(0 < float(point["kl"]) <= kl_range for point in points))
 
 
-def head_to_head(ours: list[Row], theirs: list[Row], reward: str, budget: float) -> float:
-    """Win rate of one variant's frontier over another's at a KL of `budget`, on the same prompts; of mixtures, as they are mixed."""
-    sides = []
-    for points in (ours, theirs):
-        weights = mixture_at(column(points, "kl"), column(points, "learned"), budget)
-        sides.append([(weight, point) for weight, point in zip(weights, points, strict=True) if weight > 0])
-    pairs = [(a * b, one, other) for a, one in sides[0] for b, other in sides[1]]
-    return sum(weight * score_win_rate(one[f"{reward}_each"], other[f"{reward}_each"]) for weight, one, other in pairs)
+def mixed(points: list[Row], budget: float) -> list[tuple[float, Row]]:
+    """The evaluations that make up the frontier at a KL of `budget`, each with its weight."""
+    weights = mixture_at(column(points, "kl"), column(points, "learned"), budget)
+    return [(float(weight), point) for weight, point in zip(weights, points, strict=True) if weight > 0]
 
 
-def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
-    """Every figure of the report: means over seeds with intervals, and paired differences to the baseline."""
+def rate_by_scores(one: Row, other: Row, reward: str) -> float:
+    """A `Rate` from every response's own score."""
+    return score_win_rate(one[f"{reward}_each"], other[f"{reward}_each"])
+
+
+def head_to_head(ours: list[Row], theirs: list[Row], reward: str, budget: float, rate: Rate = rate_by_scores) -> float:
+    """Win rate of one variant's frontier over another's at a KL of `budget`, on the same prompts; of mixtures, as they are mixed.
+
+    NaN where a frontier begins at more KL than `budget`.
+    """
+    pairs = list(itertools.product(mixed(ours, budget), mixed(theirs, budget)))
+    return sum(a * b * rate(one, other, reward) for (a, one), (b, other) in pairs) if pairs else math.nan
+
+
+def rows_of_wins(plan: Plan, points: Points) -> list[Row]:
+    """wins.csv: what the responses of one evaluation won against those of another, by gold if there is any.
+
+    A row for every two evaluations, one of a variant and one of its baseline, that the two frontiers consist of at some budget. With the
+    evaluations' means this is all that a win rate over the baseline is made of, so that every response's score need not be kept.
+    """
+    reward = points.rewards[-1]
+    found: dict[tuple[Any, ...], Row] = {}
+    for variant, baseline, seeds in _pairings(plan, points.by) if points.has_each(reward) else []:
+        for seed, budget in itertools.product(seeds, points.budgets):
+            sides = (mixed(points.by[name][seed], budget) for name in (variant, baseline))
+            for (_, one), (_, other) in itertools.product(*sides):
+                counts = score_counts(one[f"{reward}_each"], other[f"{reward}_each"])
+                named = zip((*_MET, *(f"{name}_{reward}" for name in _COUNTED)), (*_met(one, other), *counts), strict=True)
+                found[_met(one, other)] = dict(named)  # several budgets may need the same two
+    return list(found.values())
+
+
+_COUNTED = ("wins", "ties", "losses")
+_MET = ("variant", "seed", "run", "updates", "against", "against_run", "against_updates")  # the columns that tell two evaluations
+
+
+def _met(one: Row, other: Row) -> tuple[Any, ...]:
+    return (*(one.get(name, "") for name in _MET[:4]), *(other.get(name, "") for name in ("variant", "run", "updates")))
+
+
+def _pairings(plan: Plan, by_variant: dict[str, dict[int, Any]]) -> list[tuple[str, str, list[int]]]:
+    """Each variant, its baseline, and the seeds that both have."""
+    pairs = [(variant, plan.baseline_of(variant)) for variant in by_variant]
+    shared = [(one, other, [seed for seed in by_variant[one] if seed in by_variant.get(other, {})]) for one, other in pairs if one != other]
+    return [pairing for pairing in shared if pairing[2]]
+
+
+def compute_statistics(plan: Plan, points: Points, wins: list[Row] | None = None) -> list[Statistic]:
+    """Every figure of the report: means over seeds with intervals, and paired differences to the baseline.
+
+    Args:
+        plan: what was compared.
+        points: its evaluations.
+        wins: the rows of wins.csv; None: `rows_of_wins`, from every response's score, which rows.csv does not have.
+    """
     quantities: dict[str, Callable[[list[Row]], float]] = {}
     for reward in points.rewards:
         quantities[f"area_{reward}"] = lambda rows, reward=reward: gain_area(rows, reward, points.kl_range)  # type: ignore[misc]
@@ -132,15 +189,14 @@ def compute_statistics(plan: Plan, points: Points) -> list[Statistic]:
             statistics.append(_alone(variant, quantity, bootstrap_interval(list(seeds.values())), len(seeds)))
         statistics += _paired(quantity, by_variant, plan)
     best = points.rewards[-1]
-    for budget in points.budgets if points.has_each(best) else []:
-        for variant in points.by:
-            baseline = plan.baseline_of(variant)
-            ours, theirs = points.by[variant], points.by.get(baseline, {})
-            shared = [seed for seed in ours if seed in theirs]
-            if variant != baseline and shared:
-                wins = [head_to_head(ours[seed], theirs[seed], best, budget) for seed in shared]
-                item = _alone(variant, f"wins_{best}@{budget:g}", bootstrap_interval(wins), len(shared))
-                statistics.append(item._replace(against=baseline))
+    rows = rows_of_wins(plan, points) if wins is None else wins
+    rates = {tuple(row[name] for name in _MET): win_share(*(row[f"{name}_{best}"] for name in _COUNTED)) for row in rows}
+    for budget in points.budgets if rates else []:
+        for variant, baseline, shared in _pairings(plan, points.by):
+            sides = [(points.by[variant][seed], points.by[baseline][seed]) for seed in shared]
+            shares = [head_to_head(ours, theirs, best, budget, lambda one, other, _: rates[_met(one, other)]) for ours, theirs in sides]
+            item = _alone(variant, f"wins_{best}@{budget:g}", bootstrap_interval(shares), len(shared))
+            statistics.append(item._replace(against=baseline))
     return statistics
 
 
@@ -151,13 +207,9 @@ def _alone(variant: str, quantity: str, interval: Interval, seeds: int) -> Stati
 def _paired(quantity: str, by_variant: dict[str, dict[int, float]], plan: Plan) -> list[Statistic]:
     """Differences to the baseline on the seeds that both have; p values adjusted for the number of variants."""
     found: list[tuple[str, str, Difference, int]] = []
-    for variant, seeds in by_variant.items():
-        baseline = plan.baseline_of(variant)
-        theirs = by_variant.get(baseline, {})
-        shared = [seed for seed in seeds if seed in theirs]
-        if variant != baseline and shared:
-            difference = paired_difference([seeds[seed] for seed in shared], [theirs[seed] for seed in shared])
-            found.append((variant, baseline, difference, len(shared)))
+    for variant, baseline, seeds in _pairings(plan, by_variant):
+        ours, theirs = by_variant[variant], by_variant[baseline]
+        found.append((variant, baseline, paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]), len(seeds)))
     adjusted = holm([difference.p_student for *_, difference, _ in found])
     return [
         Statistic(variant, quantity, baseline, *difference[:3], difference.p_student, p, difference.p_sign_flip, seeds)

@@ -10,31 +10,59 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p3o_lightning.commands.frontier_plan import SERIES, Cell, Plan
-from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics
-from p3o_lightning.commands.frontier_run import DONE, PATH, read_lines
+from p3o_lightning.commands.frontier_points import Points, Row, Statistic, compute_statistics, rows_of_wins
+from p3o_lightning.commands.frontier_run import DIVERGED, DONE, PATH, read_lines
 from p3o_lightning.errors import InputError
+
+_MEANS = ("kl", "learned", "gold", "win_rate_learned", "win_rate_gold", "length", "distinct_2")  # of an evaluation
 
 
 class Failed(NamedTuple):
-    """A run that is not there, and why."""
+    """A run that is not there, or that diverged, and why."""
 
     cell: Cell
     why: str
 
 
-def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder: Path) -> Path:
-    """Write rows.csv, statistics.csv, report.md and the figures; returns the folder."""
+def write_report(plan: Plan, finished: list[Cell], missing: list[Failed], folder: Path) -> list[Failed]:
+    """Write rows.csv, wins.csv, statistics.csv, report.md and the figures; returns the runs that diverged.
+
+    A variant's seed counts with all of its runs or not at all: of half a grid the frontier would be lower for that alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for cell in finished for row in run_rows(cell)]
+    runs = [(cell, run_rows(cell)) for cell in finished]
+    diverged = [Failed(cell, why) for cell, rows in runs if (why := divergence(cell, rows))]
+    left_out = {(item.cell.variant, item.cell.job.seed): "a run is missing" for item in missing}
+    left_out |= {(item.cell.variant, item.cell.job.seed): "a run diverged" for item in diverged}
+    rows = [row for _, evaluations in runs for row in evaluations]
+    for row in rows:
+        if (place := (row["variant"], row["seed"])) in left_out:
+            row["left_out"] = left_out[place]  # rows.csv then has the column; where every row counts, it has not
     write_rows(folder / "rows.csv", rows)
-    left_out = {(item.cell.variant, item.cell.job.seed) for item in missing}
-    points = Points([row for row in rows if (row["variant"], row["seed"]) not in left_out], plan)
-    statistics = compute_statistics(plan, points)
+    points = Points(rows, plan)
+    wins = rows_of_wins(plan, points)
+    write_rows(folder / "wins.csv", wins)
+    statistics = compute_statistics(plan, points, wins)
     write_rows(folder / "statistics.csv", [item._asdict() for item in statistics])
-    figures = draw(plan, points, statistics, folder)
-    early = [(cell, outcome) for cell in finished if (outcome := outcome_of(cell)) != "finished"]
-    (folder / "report.md").write_text(markdown(plan, points, statistics, missing, figures, early), encoding="utf-8")
-    return folder
+    figures = draw(plan, points, statistics, folder) if points.by else []
+    gone = [item.cell for item in diverged]
+    early = [(cell, outcome) for cell in finished if (outcome := outcome_of(cell)) != "finished" and cell not in gone]
+    (folder / "report.md").write_text(markdown(plan, points, statistics, missing, figures, early, diverged), encoding="utf-8")
+    return diverged
+
+
+def divergence(cell: Cell, rows: list[Row]) -> str:
+    """Why a run counts as diverged: the guard of `p3o fit` stopped it, or an evaluation is not finite. Empty: it does not."""
+    if (outcome := outcome_of(cell)).startswith(DIVERGED):
+        return outcome.removeprefix(DIVERGED)
+    for row in rows:
+        if broken := [name for name in _MEANS if name in row and not _is_finite(row[name])]:
+            return f"{', '.join(broken)} not finite after {row['updates']} updates"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)  # null is how some write NaN in JSON
 
 
 def outcome_of(cell: Cell) -> str:
@@ -47,7 +75,7 @@ def run_rows(cell: Cell) -> list[Row]:
     place = {"variant": cell.variant, "seed": cell.job.seed, **cell.choice, "run": Path(cell.job.folder).name}
     lines = read_lines(Path(cell.job.folder) / PATH)
     for line in lines[:1]:
-        if abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
+        if _is_finite(line["kl"]) and abs(line["kl"]) < 1e-3:  # the start is the reference, but for rounding
             line["kl"] = 0.0
     return [place | {name: _rounded(value) for name, value in line.items()} for line in lines]
 
@@ -81,6 +109,7 @@ def markdown(
     missing: list[Failed],
     figures: list[str],
     early: Sequence[tuple[Cell, str]] = (),
+    diverged: Sequence[Failed] = (),
 ) -> str:
     """The report."""
     named = {(item.variant, item.quantity, item.against): item for item in statistics}
@@ -90,18 +119,21 @@ def markdown(
     lines += [
         f"{count} seeds; areas are mean gains over the start along the frontier, KL from 0 to {points.kl_range:.3g} nats; intervals are "
         "95 % bootstrap intervals over seeds. The frontier is that of the learned reward, which was optimised; gold, length and the rest "
-        "are read at the policies that it picks. `rows.csv` has every evaluation, `statistics.csv` every figure.",
+        "are read at the policies that it picks. `rows.csv` has every evaluation, `wins.csv` what two of them won "
+        "against each other, `statistics.csv` every figure.",
         "",
         *([_FEW, ""] if 1 < count < 5 else []),
+        *([_without(plan, diverged), ""] if diverged else []),
         "## Area under the frontier",
         "",
     ]
     rewards = points.rewards
     lines += _table(
-        ["variant", *(f"{reward}, mean gain" for reward in rewards), "evaluations in the range"],
+        ["variant", "seeds", *(f"{reward}, mean gain" for reward in rewards), "evaluations in the range"],
         [
             [
                 variant,
+                str(len(points.by[variant])),
                 *(_interval(named[variant, f"area_{reward}", ""]) for reward in rewards),
                 f"{named[variant, 'evaluations', ''].mean:.1f}",
             ]
@@ -140,10 +172,26 @@ def markdown(
     if early:
         lines += ["## Ended early", "", "Measured up to there.", ""]
         lines += [f"- {cell.variant}, seed {cell.job.seed}, {cell.choice}: {outcome}" for cell, outcome in early] + [""]
+    if diverged:
+        lines += ["## Diverged", "", "A variant's seed is left out of all figures if one of its runs diverged.", ""]
+        lines += [f"- {item.cell.variant}, seed {item.cell.job.seed}, {item.cell.choice}: {item.why}" for item in diverged] + [""]
     if missing:
         lines += ["## Not there", "", "A variant's seed is left out of all figures if one of its runs is missing.", ""]
         lines += [f"- {item.cell.variant}, seed {item.cell.job.seed}, {item.cell.choice}: {item.why}" for item in missing] + [""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _without(plan: Plan, diverged: Sequence[Failed]) -> str:
+    """What must be known before any mean is read."""
+    seeds: dict[str, set[int]] = {}
+    for item in diverged:
+        seeds.setdefault(item.cell.variant, set()).add(item.cell.job.seed)
+    told = "; ".join(f"{variant}, {len(gone)} of {len(plan.seeds)}" for variant, gone in seeds.items())
+    return (
+        f"**Runs that diverged: {len(diverged)}.** Seeds left out of every figure for that: {told}. What is told of these variants is told "
+        'of the seeds that went well, which flatters them. The runs are named under "Diverged"; `rows.csv` keeps their evaluations, marked '
+        "`left_out`."
+    )
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:

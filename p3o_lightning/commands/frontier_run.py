@@ -21,7 +21,7 @@ from p3o_lightning.callbacks import Export
 from p3o_lightning.commands import trainer as fitting
 from p3o_lightning.commands.demo import distinct_2
 from p3o_lightning.commands.frontier_plan import RunJob, Settings, TaskJob
-from p3o_lightning.errors import InputError, Stopped
+from p3o_lightning.errors import Diverged, InputError, Stopped
 from p3o_lightning.forwards import completion_logits, eval_mode
 from p3o_lightning.frontier import score_win_rate
 from p3o_lightning.function_reward import FunctionReward
@@ -34,6 +34,7 @@ from p3o_lightning.seeds import mix
 from p3o_lightning.tokenizers import load_tokenizer
 
 DONE, PATH, LOG = "done.json", "path.jsonl", "log.txt"
+DIVERGED = "diverged: "  # begins the outcome of a run that met a number which is not finite
 
 
 def work(job: TaskJob | RunJob) -> None:
@@ -65,7 +66,7 @@ def make_task(job: TaskJob) -> str:
 
 
 def train(job: RunJob) -> str:
-    """One run, from its start or from its last checkpoint. One that ends itself on purpose (a KL budget, a NaN) is measured up to there."""
+    """One run, from its start or from its last checkpoint. One that ends itself (a KL budget, a NaN) is done, and measured up to there."""
     seeds = {"seed_everything": job.seed, "model.seed": job.seed, "data.seed": job.seed}
     settings = {**seeds, **job.settings, "trainer.default_root_dir": job.folder}
     arguments = ["fit", *configs(job.configs), *flags(settings), "--quiet"]
@@ -74,7 +75,7 @@ def train(job: RunJob) -> str:
     try:
         fitting.main(arguments, lambda given: FrontierRun(given, job))  # type: ignore[arg-type]
     except Stopped as stop:
-        return " ".join(str(stop).split())
+        return (DIVERGED if isinstance(stop, Diverged) else "") + " ".join(str(stop).split())
     return "finished"
 
 

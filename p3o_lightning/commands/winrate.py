@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,8 @@ from p3o_lightning.seeds import mix
 from p3o_lightning.server_judge import KEY, ServerJudge
 from p3o_lightning.text import escaped, json_line
 from p3o_lightning.win_rates import WinRate, win_rate
+
+NUMBERS = ("judge_max_tokens", "judge_timeout", "judge_retries", "judge_concurrency")  # flags that ServerJudge has without their first word
 
 
 class Answers(NamedTuple):
@@ -90,6 +94,16 @@ def parsed(arguments: list[str]) -> Any:
         help="reward model (folder, checkpoint), dotted name of a reward function or judge, or http://HOST:PORT/v1",
     )
     add("--judge_model", help="with a server: the model's name there")
+    add("--judge_instructions", metavar="FILE", help='with a server: text file with the system prompt, which asks for "1", "2" or "tie"')
+    add("--judge_max_tokens", type=int, help="with a server: tokens of a reply; a model that thinks first needs hundreds (default: 16)")
+    add("--judge_timeout", type=float, help="with a server: seconds that a request may take (default: 60)")
+    add("--judge_retries", type=int, help="with a server: further tries where it is busy or not reached (default: 3)")
+    add("--judge_concurrency", type=int, help="with a server: requests under way at a time (default: 8)")
+    add(
+        "--judge_options",
+        metavar="JSON",
+        help="with a server: further fields of a request, e.g. '{\"temperature\": 0.7}' (default: 0 there)",
+    )
     add("--data", metavar="PATH", help="prompts to answer, any format that p3o fit reads; two files of predictions need none")
     add("--out", default="runs/winrate", help="folder to write (default: runs/winrate)")
     add("--max_prompts", type=int, help="the first so many prompts (default: all)")
@@ -113,17 +127,45 @@ def parsed(arguments: list[str]) -> Any:
 def the_judge(given: Any) -> Judge:
     """The judge that --judge names."""
     if given.judge.startswith(("http://", "https://")):
-        if not given.judge_model:
-            raise InputError(f"--judge is the server {given.judge!r}, but --judge_model is missing: give the model's name there.")
-        server = ServerJudge(given.judge, given.judge_model)
-        server.check()
-        return server
+        return the_server(given)
+    for name in ("judge_model", "judge_instructions", "judge_options", *NUMBERS):
+        if (value := getattr(given, name)) is not None:
+            raise InputError(
+                f"--{name} is {value!r}, but --judge is {given.judge!r}, which is no server: leave it out, or give http://HOST:PORT/v1."
+            )
     if "/" in given.judge:
         check_source("--judge", given.judge, "runs/reward/export, or the dotted name of a reward function or judge")
     with flags_named("--judge"):
         judge = judge_of(given.judge, given.dtype)
     move_to(judge, "cuda" if torch.cuda.is_available() else "cpu")
     return judge
+
+
+def the_server(given: Any) -> ServerJudge:
+    """The judge behind the URL that --judge gives; what is not said is as ServerJudge has it."""
+    if not given.judge_model:
+        raise InputError(f"--judge is the server {given.judge!r}, but --judge_model is missing: give the model's name there.")
+    settings = {name.removeprefix("judge_"): value for name in NUMBERS if (value := getattr(given, name)) is not None}
+    if (path := given.judge_instructions) is not None:
+        try:
+            settings["instructions"] = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--judge_instructions is {path!r}, which cannot be read ({error}): give a text file in UTF-8.") from error
+    if given.judge_options is not None:
+        try:
+            settings["options"] = json.loads(given.judge_options)
+        except (ValueError, RecursionError):
+            settings["options"] = None
+        if not isinstance(settings["options"], dict):
+            raise InputError(f"--judge_options is {given.judge_options!r}: give a JSON object, e.g. '{{\"temperature\": 0.7}}'.")
+    server = ServerJudge(given.judge, given.judge_model, **settings)
+    try:
+        server.check()
+    except InputError as error:  # of "judge timeout is 0" the flag is --judge_timeout
+        raise InputError(
+            re.sub(r"^judge (\w+)(?= is )", lambda found: "--judge" + f"_{found[1]}" * (found[1] != "url"), str(error))
+        ) from error
+    return server
 
 
 def answers(side: str, name: str, given: Any) -> Answers:
@@ -206,6 +248,9 @@ def summarised(
         "a": given.a,
         "b": given.b,
         "judge": judge.name,
+        "judge_settings": {name: getattr(judge, name) for name in ("model", "instructions", "max_tokens", "options")}
+        if isinstance(judge, ServerJudge)
+        else None,
         **result._asdict(),
         "comparisons": len(rows),
         "longer_wins": float(longer.double().mean()),
