@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PromptBatch
-from p3o_lightning.forwards import accepts
 from p3o_lightning.generation import Sampling
 from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.rollouts import answers
+from p3o_lightning.scoring import unpadded_text_logps
 from p3o_lightning.seeds import mix
 from p3o_lightning.stage import Stage
 
@@ -67,29 +68,39 @@ class SupervisedPolicy(Stage):
             arguments=arguments,
         )
         self.report = MeanMetric()  # weighted by tokens; self.log rounds such weights over several processes
+        self._counts: dict[int, Tensor] = {}  # response tokens of the batches that the next update is made of, by index
         self.sampling = Sampling(1, max_completion_length, temperature)
         self.seed = seed
 
     def token_loss(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the response tokens, in nats, and their number."""
-        options = {"position_ids": torch.arange(batch.tokens.shape[1], device=self.device).expand_as(batch.tokens)}
-        logits = self.model(
-            input_ids=batch.tokens,
-            attention_mask=batch.attention_mask.long(),
-            use_cache=False,
-            **(options if accepts(self.model, "position_ids") else {}),
-        ).logits[:, :-1]
-        scored = batch.response_mask[:, 1:]  # position t predicts token t + 1
-        loss = torch.nn.functional.cross_entropy(logits[scored].float(), batch.tokens[:, 1:][scored], reduction="sum")
-        return loss, scored.sum()
+        logps = unpadded_text_logps(self.model, batch.tokens, batch.attention_mask, batch.response_mask)
+        return -logps.sum(), batch.response_mask.sum()
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy per response token of the batch."""
+        """Mean cross-entropy per response token; over all batches of the update, once `on_before_optimizer_step` has seen them."""
         total, count = self.token_loss(batch)
         # the processes' gradients are averaged: with the mean of their token counts, every token weighs the same on all of them
-        loss = total / self.trainer.strategy.reduce(count.float(), reduce_op="mean")
-        self.log_dict(self.over_processes({"loss": loss}), prog_bar=True)
-        return loss
+        count = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+        self.log_dict(self.over_processes({"loss": total / count}), prog_bar=True)
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self._counts = {}
+        self._counts[batch_idx] = count
+        return total / self._first_count * accumulate  # by which Lightning divides
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The gradient is of the sum over all tokens by the first batch's number of them: make it of the mean, as of one large batch."""
+        if self.trainer.accumulate_grad_batches == 1:
+            return
+        share = self._first_count / torch.stack(list(self._counts.values())).sum()
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+
+    @property
+    def _first_count(self) -> Tensor:
+        return next(iter(self._counts.values()))
 
     def validation_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """`val/loss`: nats per response token over the whole set, each token counted once."""

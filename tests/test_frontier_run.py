@@ -94,7 +94,9 @@ def test_gold_may_be_a_reward_model_of_its_own(p3o):
         torch.manual_seed(seed)
         RewardModel(LLAMA, tokenizer="bytes").export(p3o.folder / "rewards" / name)
     settings = {"model.reward_funcs": "rewards/first"}
-    same, other = (job(p3o.folder / name, rollouts=1, settings=settings, evaluate={"gold": f"rewards/{name}"}) for name in ("first", "second"))
+    same, other = (
+        job(p3o.folder / name, rollouts=1, settings=settings, evaluate={"gold": f"rewards/{name}"}) for name in ("first", "second")
+    )
     for run in (same, other):
         frontier_run.train(run)
     for one, two in zip(lines_of(same), lines_of(other), strict=True):

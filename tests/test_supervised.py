@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import GPT2, LLAMA, KeepAll, equal, letters, preferences, trainer, weights
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from p3o_lightning import PreferenceDataModule, RewardModel, SupervisedPolicy
 from p3o_lightning.batches import DemonstrationBatch
@@ -69,6 +70,30 @@ def test_padding_changes_nothing():
     response = torch.tensor([[False, False, True, True]])
     wider = [torch.cat([part, torch.full((1, 3), value).to(part.dtype)], 1) for part, value in ((tokens, 8), (real, 0), (response, 0))]
     assert_close(module.token_loss(DemonstrationBatch(*wider))[0], module.token_loss(DemonstrationBatch(tokens, real, response))[0])
+
+
+@pytest.mark.parametrize(("sizes", "updates"), [((1, 5), 1), ((2, 3, 1), 1), ((3, 1, 2, 4), 2)])
+def test_accumulated_batches_are_one_batch(sizes, updates, tmp_path):
+    """However unequal their numbers of tokens; what is left at the end of an epoch, too. SGD shows a gradient's size, Adam would not."""
+    draw = torch.Generator().manual_seed(1)
+    batches, each = [], -(-len(sizes) // updates)
+    for rows in sizes:
+        lengths = torch.randint(2, 9, (rows, 1), generator=draw)
+        real = torch.arange(8) < lengths
+        batches.append(DemonstrationBatch(torch.randint(8, (rows, 8), generator=draw), real, real & (torch.arange(8) > 0)))
+    whole = [
+        DemonstrationBatch(*(torch.cat(parts) for parts in zip(*batches[at : at + each], strict=True))) for at in range(0, len(sizes), each)
+    ]
+
+    def after(loader, **flags):
+        module = stage(SupervisedPolicy, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+        trainer(tmp_path, max_epochs=1, gradient_clip_val=0.2, **flags).fit(module, DataLoader(loader, batch_size=None))
+        return weights(module)
+
+    once, accumulated = after(whole), after(batches, accumulate_grad_batches=each)
+    assert not equal(once, weights(stage(SupervisedPolicy)))
+    for name, value in once.items():
+        assert_close(accumulated[name], value, rtol=0, atol=1e-6)
 
 
 def test_it_learns_the_demonstrations(tmp_path):
