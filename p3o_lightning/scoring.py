@@ -15,7 +15,17 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from p3o_lightning.forwards import accepts, completion_logps, eval_mode, pooled, precise, sequence_scores, text_logps, unwrapped
+from p3o_lightning.forwards import (
+    accepts,
+    completion_logits,
+    completion_logps,
+    eval_mode,
+    pooled,
+    precise,
+    sequence_scores,
+    text_logps,
+    unwrapped,
+)
 from p3o_lightning.head import head_logps, left_out, plain_head
 from p3o_lightning.kv_cache import attends_only
 from p3o_lightning.packing import NAME, Packing, attention, multiple_for, set_attention
@@ -34,6 +44,23 @@ def grouped_completion_logps(
     inputs = trimmed(prompt_tokens, prompt_mask, completion_tokens, completion_mask)
     logps = (packed_logps if _packs(model, inputs) else completion_logps)(model, *inputs, temperature)
     return nn.functional.pad(logps, (0, length - logps.shape[-1]))
+
+
+def grouped_logits(
+    model: Any,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    completion_tokens: Int[Tensor, "prompt response token"],
+    completion_mask: Bool[Tensor, "prompt response token"],
+    temperature: float = 1.0,
+) -> Float[Tensor, "sampled vocabulary"]:
+    """The logits that every response token was drawn from, in the order of the mask, over `temperature`; read as log-probabilities are."""
+    inputs = trimmed(prompt_tokens, prompt_mask, completion_tokens, completion_mask)
+    if not _packs(model, inputs):
+        return completion_logits(model, *inputs, temperature)[inputs[-1]]
+    packing = Packing(inputs[1], inputs[3][..., 1:], multiple_for(model))
+    row, places = packing.tokens(inputs[0], inputs[2][..., :-1]), _places(packing, inputs[3])
+    return precise(model(input_ids=row, logits_to_keep=places, use_cache=False, **packing.options()).logits[0]) / temperature
 
 
 def grouped_logps_and_hidden(

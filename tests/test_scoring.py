@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from p3o_lightning import head, scoring
-from p3o_lightning.forwards import completion_logps, eval_mode, sequence_scores, text_logps, turn_dropout_off
+from p3o_lightning.forwards import completion_logits, completion_logps, eval_mode, sequence_scores, text_logps, turn_dropout_off
 from p3o_lightning.head import head_logps, plain_head
 from p3o_lightning.models import attach_adapter
 from p3o_lightning.packing import NAME, Packing, multiple_for
@@ -15,6 +15,7 @@ from p3o_lightning.scoring import (
     allows,
     fits,
     grouped_completion_logps,
+    grouped_logits,
     grouped_scores,
     leaves_out_its_head,
     packed_logps,
@@ -169,6 +170,13 @@ def test_rows_are_filled_up_in_half_precision_only():
     assert multiple_for(model) == 1 and multiple_for(causal("llama").bfloat16()) == 64
     with torch.autocast("cpu", torch.bfloat16):
         assert multiple_for(model) == 64
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere", "mistral"])
+def test_the_logits_are_those_of_padded_rows(family):
+    model, given = causal(family).double(), batch()
+    expected = completion_logits(model, *given, 0.7)[given[-1]]
+    torch.testing.assert_close(grouped_logits(model, *given, 0.7), expected, rtol=0, atol=1e-10)
 
 
 # ---- whole texts

@@ -22,7 +22,7 @@ from p3o_lightning.commands import trainer as fitting
 from p3o_lightning.commands.demo import distinct_2
 from p3o_lightning.commands.frontier_plan import RunJob, Settings, TaskJob
 from p3o_lightning.errors import Diverged, InputError, Stopped
-from p3o_lightning.forwards import completion_logits, eval_mode
+from p3o_lightning.forwards import eval_mode
 from p3o_lightning.frontier import score_win_rate
 from p3o_lightning.function_reward import FunctionReward
 from p3o_lightning.generation import Sampling, decode_completions
@@ -30,6 +30,7 @@ from p3o_lightning.model_reward import ModelReward
 from p3o_lightning.models import load_reward_backbone
 from p3o_lightning.responses import Responses
 from p3o_lightning.rewards import JudgeReward
+from p3o_lightning.scoring import grouped_logits
 from p3o_lightning.seeds import mix
 from p3o_lightning.tokenizers import load_tokenizer
 
@@ -156,7 +157,8 @@ class Measure(L.Callback):
         made, latest = policy.sampling, policy.rollout_rewards
         policy.sampling = Sampling(self.evaluate.responses, made.max_completion_length, made.temperature, made.top_p, made.top_k)
         try:
-            each, texts, lengths, ended = self._responses(policy)
+            with trainer.precision_plugin.forward_context():  # as training draws them
+                each, texts, lengths, ended = self._responses(policy)
         finally:
             policy.sampling, policy.rollout_rewards = made, latest
         line: dict[str, Any] = {
@@ -221,11 +223,11 @@ def expected_kl(policy: Any, batch: PromptBatch, tokens: torch.Tensor, mask: tor
     for rows in torch.arange(len(tokens), device=tokens.device).split(32):  # logits over a whole vocabulary are large
         inputs = (batch.tokens[rows], batch.attention_mask[rows], tokens[rows], mask[rows], policy.sampling.temperature)
         with eval_mode(policy.model), policy.whole_weights():
-            now = completion_logits(policy.model, *inputs).log_softmax(-1)
+            now = grouped_logits(policy.model, *inputs).log_softmax(-1)
             with policy.model.disable_adapter() if policy.adapter_is_policy else nullcontext():
-                reference = completion_logits(policy.reference, *inputs).log_softmax(-1)
+                reference = grouped_logits(policy.reference, *inputs).log_softmax(-1)
         each = (now.exp() * (now - reference)).sum(-1)
-        estimates.append(each.masked_fill(~mask[rows], 0.0).sum(-1))
+        estimates.append(each.new_zeros(mask[rows].shape).masked_scatter(mask[rows], each).sum(-1))
     return torch.cat(estimates)
 
 
