@@ -271,6 +271,8 @@ def test_runs_compare_by_settings_and_latest_results(p3o):
     shown_first = {item.name for item in columns.hparam_infos if item.differs}
     assert shown_first >= {"model/kl_coef", "model/lr", "model/reward_funcs"} and "model/temperature" not in shown_first
     assert not [name for name in settings if name.startswith(("model/_", "data/_"))]
+    shown = [item.name.tag for item in columns.metric_infos][:5]  # those that TensorBoard shows unasked
+    assert shown[:4] == ["objective/scores", "objective/kl", "rewards/share_of_letter_e/mean", "rewards/gold/mean"]
     results = {item.name.tag for item in columns.metric_infos}
     assert results >= {"objective/scores", "objective/kl", "val/scores", "val/kl", "rewards/gold/mean"}
     assert results <= set(found.Tags()["scalars"])  # the tab shows the latest value of each
