@@ -14,8 +14,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-quick study study-quick \
-  ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-quick \
+  study study-quick study-smollm2 ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -99,6 +99,18 @@ study: setup  ## the whole study of docs/study.md, about an hour of one core: fi
 
 study-quick: setup  ## a small version of every figure of the study, two seeds, some minutes: runs/study-quick
 	$(BIN)/p3o frontier $(PLANS) --out runs/study-quick --seeds 0 1 --rollouts 4
+
+# Needs `make smollm2` and P3O_DATA, the folder that holds hh-rlhf/.
+HH := runs/smollm2-hh
+PART := --trainer.precision bf16-mixed --data.val_path $(HH)/parts/held_out.jsonl
+LONGER := --trainer.max_steps 100 --trainer.val_check_interval 100
+study-smollm2: setup  ## P3O and PPO on a real model and hh-rlhf, with a second reward model as gold; hours on a CPU: runs/study
+	$(BIN)/python benchmarks/study/hh_parts.py $(P3O_DATA)/hh-rlhf/harmless-base-test.jsonl.gz $(HH)/parts
+	$(BIN)/p3o fit --config configs/smollm2-hh/sft.yaml --data.path $(HH)/parts/reward.jsonl $(PART)
+	$(BIN)/p3o fit --config configs/smollm2-hh/reward.yaml --data.path $(HH)/parts/reward.jsonl $(PART) $(LONGER)
+	$(BIN)/p3o fit --config configs/smollm2-hh/reward.yaml --data.path $(HH)/parts/gold.jsonl $(PART) $(LONGER) \
+	  --trainer.default_root_dir $(HH)/gold
+	$(BIN)/p3o frontier benchmarks/study/smollm2_gold.yaml --out runs/study
 
 ci: check test test-slow  ## what CI runs
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
+import json
 import math
 import re
 import sys
@@ -16,7 +18,8 @@ from p3o_lightning.commands.frontier_plan import read_plan
 from p3o_lightning.commands.frontier_points import Points, compute_statistics
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
+import hh_parts  # noqa: E402
 import study_tables  # noqa: E402
 
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
@@ -59,13 +62,14 @@ def test_a_plan_is_whole(path, monkeypatch):
     plan = read_plan(str(path))
     assert plan.variants and plan.evaluate.gold and plan.kl_range == 2
     assert not set(plan.seeds) & {100, 101} or path.stem == "tuning"
-    assert len(plan.seeds) >= 5 or path.stem == "tuning"
+    assert len(plan.seeds) >= (3 if path.stem == "smollm2_gold" else 5) or path.stem == "tuning"
 
 
 def test_every_plan_is_made_by_make():
     recipe = (ROOT / "Makefile").read_text()
     named = re.search(r"^STUDY := (.*)$", recipe, re.M)
-    assert named and set(named.group(1).split()) == {path.stem for path in PLANS} - {"tuning"}
+    assert named and set(named.group(1).split()) == {path.stem for path in PLANS} - {"tuning", "smollm2_gold"}
+    assert "frontier benchmarks/study/smollm2_gold.yaml" in recipe
 
 
 def test_tuning_spends_as_much_on_ppo_as_on_p3o(monkeypatch):
@@ -247,3 +251,18 @@ def test_both_runs_stand_beside_each_other():
 def test_the_plan_on_a_real_model_is_whole(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert len(read_plan("benchmarks/smollm2-hh.yaml").cells(Path("out"))) == 4
+
+
+def test_the_parts_of_hh_rlhf_share_no_prompt(tmp_path):
+    """One prompt has two comparisons, which stay together; every line is in one part."""
+    asked = [f"\n\nHuman: q{row // 2}\n\nAssistant:" for row in range(60)]
+    rows = [{"chosen": f"{prompt} yes", "rejected": f"{prompt} no"} for prompt in asked]
+    rows.append({"chosen": "\n\nHuman: same\n\nAssistant: text", "rejected": "\n\nHuman: same\n\nAssistant: text"})
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({**row, "number": number}) + "\n" for number, row in enumerate(rows)))
+    hh_parts.main(str(tmp_path / "rows.jsonl.gz"), str(tmp_path / "parts"))
+    parts = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in (tmp_path / "parts").iterdir()}
+    assert sorted(row["number"] for part in parts.values() for row in part) == list(range(61))
+    prompts = {name: {row["chosen"].split("\n\nAssistant:")[0] for row in part} for name, part in parts.items()}
+    assert not any(prompts[one] & prompts[two] for one, two in itertools.combinations(prompts, 2))
+    assert {name: len(found) for name, found in prompts.items()} == {"reward": 12, "gold": 13, "held_out": 6}
