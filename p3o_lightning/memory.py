@@ -241,11 +241,12 @@ def drawing_bytes(model: Model, work: Work, rows: int) -> int:
 
 def copied_bytes(model: Model, work: Work) -> int:
     """The linear layers' weights once more, while responses are sampled: in half precision under autocast; transposed, in float32 on a CPU
-    where there are so many tokens to come that it pays.
+    where there are so many tokens to come that it pays, with adapters added to them.
     """
     if work.autocast:
         return 2 * model.linear
-    return 4 * model.linear if work.cpu and work.completion_tokens >= STEPS else 0
+    adapters = model.trained if model.rank and model.weight_bytes == 4 else 0
+    return 4 * (model.linear - adapters) if work.cpu and work.completion_tokens >= STEPS else 0
 
 
 def value_bytes(model: Model, work: Work) -> int:

@@ -47,6 +47,59 @@ def test_weights_transposed_for_decoding_draw_the_same_responses(kind):
     torch.testing.assert_close(logps, plain_logps, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"lora_alpha": 8}, {"use_dora": True}, {"lora_bias": True}, {"target_modules": ["q_proj"]}, {"lora_dropout": 0.5}]
+)
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_adapters_of_every_kind_draw_the_same_responses(given, autocast):
+    """And switched off inside, they are; a layer in training keeps its dropout."""
+    model = attach_adapter(causal("llama"), {"r": 2, "lora_alpha": 6, "init_lora_weights": False, **given}).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain, without = model(tokens).logits, off(model, tokens)
+        with laid_out(model, STEPS):
+            torch.testing.assert_close(model(tokens).logits, plain, rtol=0, atol=0 if autocast else 1e-4)
+            inside = off(model, tokens)
+            torch.testing.assert_close(inside, without, rtol=0, atol=0 if autocast else 1e-4)
+            assert (inside - plain).abs().max() > 0.01
+            assert torch.equal(model(tokens).logits, model(tokens).logits)
+            model.train()
+            drops = not torch.equal(model(tokens).logits, model(tokens).logits)
+            assert drops == ("lora_dropout" in given)
+            model.eval()
+    assert not any("forward" in vars(module) for module in model.modules() if module is not model.get_base_model())
+
+
+def off(model, tokens):
+    with model.disable_adapter():
+        return model(tokens).logits
+
+
+def test_two_adapters_at_once_are_left_to_peft():
+    model = attach_adapter(causal("llama"), {"r": 2, "init_lora_weights": False})
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear" and hasattr(module, "lora_A")]
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), laid_out(model, STEPS):
+            assert layers and not any("forward" in vars(layer) for layer in layers)
+
+
+@torch.no_grad()
+def test_an_adapter_is_added_to_the_weights_in_float32_alone():
+    model, steps = attach_adapter(causal("llama"), {"r": 2, "init_lora_weights": False}).eval(), []
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.lora_A["default"].register_forward_hook(lambda *_: steps.append(1))
+    with laid_out(model, STEPS):
+        model(torch.tensor([[5, 6]]))
+    assert not steps
+    with torch.autocast("cpu", torch.bfloat16), laid_out(model, STEPS):
+        model(torch.tensor([[5, 6]]))
+    assert len(steps) == 2 * 7
+
+
 @contextmanager
 def as_they_are(model):
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
