@@ -25,7 +25,7 @@ class Throughput(L.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._begun, self._step = 0.0, 0
+        self._begun, self._step, self._before = 0.0, 0, 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -38,12 +38,12 @@ class Throughput(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """An update begins."""
-        self._now = time.perf_counter()
+        self._now, self._before = time.perf_counter(), _in_phases(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """An update, or a part of one, is over."""
         now = time.perf_counter()
-        self._update += now - self._now
+        self._update += now - self._now - (_in_phases(pl_module) - self._before)  # start-up proofs and callbacks may score and sample, too
         self._updates += 1
         state = rollout_state(pl_module)
         mask = batch.completion_mask if isinstance(batch, Experience) else getattr(batch, "attention_mask", None)
@@ -78,6 +78,11 @@ class Throughput(L.Callback):
             figures["throughput/peak_memory_mib"] = peak
         for logger in trainer.loggers:  # not self.log: it would average over updates
             logger.log_metrics(figures, step=just_made(trainer))
+
+
+def _in_phases(pl_module: Any) -> float:
+    """Seconds that the module has counted as generation and scoring."""
+    return sum(vars(pl_module).get("phase_seconds", {}).values())
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -31,7 +31,7 @@ HOSTILE = [
 def address(tmp_path_factory) -> str:
     """A TensorBoard over a policy whose responses are hostile, and a reward model."""
     root = tmp_path_factory.mktemp("runs")
-    module = policy(reward_funcs=[share_of_a, share_of_b], reward_weights=[1, 0], num_iterations=2, max_completion_length=4)
+    module = policy(reward_funcs=[share_of_a, share_of_b], reward_weights=[1.0, 0.0], num_iterations=2, max_completion_length=4)
     module.hparams["note"] = HOSTILE[1]
     genuine, turn = module.tokenizer.decode, iter(range(10**9))
     board = TensorBoardLogger(root, name="policy", version=0, default_hp_metric=False)

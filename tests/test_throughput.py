@@ -11,7 +11,7 @@ from running import scalars
 from p3o_lightning import PairwisePolicy, PreferenceDataModule, SupervisedPolicy
 from p3o_lightning.callbacks import Throughput
 from p3o_lightning.callbacks.throughput import peak_memory
-from tests.tiny import LLAMA, Recorder, equal, letters, policy, preferences, prompts, trainer, weights
+from tests.tiny import LLAMA, Recorder, collate, equal, letters, policy, preferences, prompts, trainer, weights
 
 PARTS = ["generation", "scoring", "update", "other"]
 
@@ -65,6 +65,28 @@ def test_the_parts_of_a_rollout_by_a_clock_of_our_own(tmp_path, monkeypatch):
     speeds = [pytest.approx(8 * length / 27) for length in lengths]
     assert shown["throughput/tokens_per_second"] == list(zip(steps, speeds, strict=True)) and len(set(lengths)) > 1
     assert [step for step, mib in shown["throughput/peak_memory_mib"] if mib > 50] == steps
+
+
+def test_what_is_sampled_and_scored_within_an_update_is_counted_once(tmp_path, monkeypatch):
+    """By the start-up proofs, or by a callback: the parts still add up, and none is below 0."""
+    clock = Clock(monkeypatch)
+
+    def reward(completions, **_):
+        clock.now += 3
+        return [float(len(text)) for text in completions]
+
+    class Looks(L.Callback):
+        """Scores a rollout of its own at the end of every batch."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            clock.now += 1
+            pl_module.score(collate(["a", "bc"]), batch.completion_tokens[:2], batch.completion_mask[:2])
+
+    module, recorder = policy(reward_funcs=reward), Recorder()
+    flags = {"logger": recorder, "log_every_n_steps": 1, "max_steps": 2}
+    trainer(tmp_path, callbacks=[Looks(), Throughput()], **flags).fit(module, module.wrap_train_dataloader(prompts()))
+    rows = [row for _, row in recorder.rows if "throughput/tokens_per_second" in row]
+    assert [[row[f"throughput/{part}_seconds"] for part in PARTS] for row in rows] == [[0, 6, 1, 0]] * 2
 
 
 def test_sampling_and_log_probabilities_are_told_apart(tmp_path, monkeypatch):
