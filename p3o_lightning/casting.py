@@ -45,11 +45,8 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     to layers whose weights are split over processes, and to compiled ones, which would compile anew for every copy.
     """
     kind = _kind(model)
-    if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind) or is_compiled(model):
-        yield
-        return
     dtype = torch.get_autocast_dtype(kind)
-    if dtype.itemsize == 4:
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind) or dtype.itemsize == 4 or is_compiled(model):
         yield
         return
     with _replaced(model, lambda layer: _cast(layer, kind, dtype) if _is_own(layer, torch.float32) else _uncast(layer, kind, dtype)):
@@ -113,7 +110,11 @@ def _cast(layer: Any, kind: str, dtype: torch.dtype) -> Forward:
 
 
 def _transposed(layer: Any) -> Forward:
-    weight, bias = layer.weight.t().contiguous(), layer.bias
+    return _product(layer.weight.t().contiguous(), layer.bias)
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Forward:
+    """Of rows with a transposed weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         made = torch.matmul(hidden, weight)
@@ -160,12 +161,5 @@ def _merged(layer: Any) -> Forward | None:
     base, down, up, scale = found
     if down.bias is not None or up.bias is not None:
         return None
-    weight, bias = torch.addmm(base.weight, up.weight, down.weight, alpha=scale).t().contiguous(), base.bias
-
-    def forward(hidden: Tensor) -> Tensor:
-        if layer.disable_adapters or layer.training:
-            return type(layer).forward(layer, hidden)
-        made = torch.matmul(hidden, weight)
-        return made if bias is None else made.add_(bias)
-
-    return forward
+    whole = _product(torch.addmm(base.weight, up.weight, down.weight, alpha=scale).t().contiguous(), base.bias)
+    return lambda hidden: type(layer).forward(layer, hidden) if layer.disable_adapters or layer.training else whole(hidden)

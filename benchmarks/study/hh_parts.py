@@ -1,4 +1,4 @@
-"""`python benchmarks/hh_parts.py FILE FOLDER`: hh-rlhf in three parts that share no prompt: reward.jsonl, gold.jsonl and held_out.jsonl.
+"""`python benchmarks/study/hh_parts.py FILE FOLDER`: hh-rlhf in three parts without a common prompt: reward, gold and held_out.jsonl.
 
 Two reward models learn from one part each: the policy is trained on the first, and the second, which it never meets, tells what of the gain
 was the first model's own. Both, and the policy, are measured on the third.
