@@ -119,6 +119,24 @@ def completion_logits(
     return (precise(logits) / temperature).unflatten(0, (prompts, responses))
 
 
+def text_logps(
+    model: Any, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"], scored: Bool[Tensor, "row token"]
+) -> Float[Tensor, " scored"]:
+    """Log-probability, in nats, of every scored token given what its text has before it, text by text; in float32 at least.
+
+    Args:
+        model: causal.
+        tokens: texts, padded on the right.
+        attention_mask: True on their real tokens.
+        scored: of these, and never the first of a text.
+    """
+    options: dict[str, Any] = {"attention_mask": attention_mask.long(), "use_cache": False}
+    if accepts(model, "position_ids"):
+        options["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    logits = precise(model(input_ids=tokens, **options).logits[:, :-1][scored[:, 1:]])  # position t predicts token t + 1
+    return logits.gather(1, tokens[scored].unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+
+
 def precise(values: Tensor) -> Tensor:
     """In float32 at least: half precision cannot tell two log-probabilities, or two rewards, of like size apart."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -23,6 +23,7 @@ from p3o_lightning.forwards import (
     pooled,
     precise,
     sequence_scores,
+    text_logps,
     unwrapped,
 )
 from p3o_lightning.head import head_logps, left_out, plain_head
@@ -152,6 +153,23 @@ def _row_logps(model: Any, row: Tensor, places: Tensor, tokens: Tensor, temperat
         return head_logps(hidden[0], head, tokens, temperature)
     logits = precise(model(**options).logits[0]) / temperature
     return logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+
+
+def unpadded_text_logps(
+    model: Any, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"], scored: Bool[Tensor, "row token"]
+) -> Float[Tensor, " scored"]:
+    """As `text_logps`, without padding where the model allows it."""
+    return (packed_text_logps if allows(model) and fits(model, tokens.shape[1]) else text_logps)(model, tokens, attention_mask, scored)
+
+
+def packed_text_logps(
+    model: Any, tokens: Int[Tensor, "row token"], attention_mask: Bool[Tensor, "row token"], scored: Bool[Tensor, "row token"]
+) -> Float[Tensor, " scored"]:
+    """As `text_logps`, all texts in one row: trunks without branches."""
+    none = tokens.new_zeros(len(tokens), 1, 0)
+    packing = Packing(attention_mask, none.bool(), multiple_for(model))
+    place = (attention_mask.flatten().long().cumsum(0) - 1).view_as(tokens)
+    return _row_logps(model, packing.tokens(tokens, none), place[:, :-1][scored[:, 1:]], tokens[scored], 1.0, packing.options())
 
 
 def grouped_scores(

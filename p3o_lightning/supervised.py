@@ -12,10 +12,10 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import DemonstrationBatch, PromptBatch
-from p3o_lightning.forwards import accepts
 from p3o_lightning.generation import Sampling
 from p3o_lightning.models import ModelSource, load_policy
 from p3o_lightning.rollouts import answers
+from p3o_lightning.scoring import unpadded_text_logps
 from p3o_lightning.seeds import mix
 from p3o_lightning.stage import Stage
 
@@ -74,16 +74,8 @@ class SupervisedPolicy(Stage):
 
     def token_loss(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of the response tokens, in nats, and their number."""
-        options = {"position_ids": torch.arange(batch.tokens.shape[1], device=self.device).expand_as(batch.tokens)}
-        logits = self.model(
-            input_ids=batch.tokens,
-            attention_mask=batch.attention_mask.long(),
-            use_cache=False,
-            **(options if accepts(self.model, "position_ids") else {}),
-        ).logits[:, :-1]
-        scored = batch.response_mask[:, 1:]  # position t predicts token t + 1
-        loss = torch.nn.functional.cross_entropy(logits[scored].float(), batch.tokens[:, 1:][scored], reduction="sum")
-        return loss, scored.sum()
+        logps = unpadded_text_logps(self.model, batch.tokens, batch.attention_mask, batch.response_mask)
+        return -logps.sum(), batch.response_mask.sum()
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy per response token; over all batches of the update, once `on_before_optimizer_step` has seen them."""

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from p3o_lightning import head, scoring
-from p3o_lightning.forwards import completion_logits, completion_logps, eval_mode, sequence_scores, turn_dropout_off
+from p3o_lightning.forwards import completion_logits, completion_logps, eval_mode, sequence_scores, text_logps, turn_dropout_off
 from p3o_lightning.head import head_logps, plain_head
 from p3o_lightning.models import attach_adapter
 from p3o_lightning.packing import NAME, Packing, multiple_for
@@ -20,6 +20,8 @@ from p3o_lightning.scoring import (
     leaves_out_its_head,
     packed_logps,
     packed_scores,
+    packed_text_logps,
+    unpadded_text_logps,
 )
 from tests.families import VOCABULARY, causal, config, left_padded
 from tests.tiny import policy, prompts, trainer
@@ -175,6 +177,43 @@ def test_the_logits_are_those_of_padded_rows(family):
     model, given = causal(family).double(), batch()
     expected = completion_logits(model, *given, 0.7)[given[-1]]
     torch.testing.assert_close(grouped_logits(model, *given, 0.7), expected, rtol=0, atol=1e-10)
+
+
+# ---- whole texts
+
+
+def texts(lengths=(7, 2, 5)):
+    """Padded on the right; of each, the last tokens are scored, or some with a gap, as of a conversation."""
+    tokens = torch.randint(3, VOCABULARY, (len(lengths), 8), generator=torch.Generator().manual_seed(4))
+    real = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
+    scored = real & (torch.arange(8) > 0)
+    scored[0, 2:4] = False
+    return tokens, real, scored
+
+
+@pytest.mark.parametrize("family", [*PACKING, "mistral", "gemma2"])
+def test_the_log_probabilities_of_texts_are_those_of_each_alone(family):
+    model = causal(family) if family == "gemma2" else causal(family).double()
+    assert allows(model) == (family in PACKING)
+    tokens, real, scored = texts()
+    alone = []
+    for row, kept, marked in zip(tokens, real, scored, strict=True):
+        table = model(row[kept].unsqueeze(0), use_cache=False).logits[0].double().log_softmax(-1)
+        alone += [table[place - 1, row[place]] for place in marked.nonzero().squeeze(1)]
+    for read in (unpadded_text_logps, text_logps):
+        got = read(model, tokens, real, scored)
+        torch.testing.assert_close(got.double(), torch.stack(alone), rtol=0, atol=1e-5 if family == "gemma2" else 1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_so_are_the_gradients_of_texts(family):
+    model, made = causal(family), []
+    assert allows(model)
+    for read in (packed_text_logps, text_logps):
+        model.zero_grad()
+        (read(model, *texts()) * torch.linspace(-1, 1, int(texts()[2].sum()))).sum().backward()
+        made.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+    assert (made[0] - made[1]).norm() <= 1e-5 * made[1].norm()
 
 
 # ---- scores
