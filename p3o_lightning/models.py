@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,10 +32,8 @@ from transformers import (
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import is_adapted, unwrapped
+from p3o_lightning.norms import quicken_norms
 from p3o_lightning.sharded_checkpoints import read_rest, read_whole
-
-if TYPE_CHECKING:
-    pass
 
 ModelSource = dict[str, Any] | str | Path | PreTrainedConfig | PreTrainedModel  # in this order: saved configs write a mapping as one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +45,7 @@ CHECKPOINT_KEY = "p3o_lightning"  # where a checkpoint of ours describes its own
 
 def load_policy(source: ModelSource, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model. `tokenizer` fills in the vocabulary size and special ids of a from-scratch config."""
-    model = _heeding_softcaps(_load(source, tokenizer, dtype, classifier=False))
+    model = _prepared(_load(source, tokenizer, dtype, classifier=False))
     _check_vocabulary(tokenizer, _embedded(model))
     return model
 
@@ -60,7 +58,7 @@ def load_reward_backbone(
     Its `pad_token_id` is set to the tokenizer's, which must differ from EOS where the exported model is to be used by
     plain transformers code (it finds the last token by id; ours never does): see `distinct_pad_token`.
     """
-    model = _heeding_softcaps(_load(source, tokenizer, dtype, classifier=True, trained=trained))
+    model = _prepared(_load(source, tokenizer, dtype, classifier=True, trained=trained))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if tokenizer.pad_token_id == highest_token_id(tokenizer) == _embedded(model):  # the one token that `distinct_pad_token` adds
         model.resize_token_embeddings(_embedded(model) + 1, mean_resizing=False)
@@ -68,11 +66,12 @@ def load_reward_backbone(
     return model
 
 
-def _heeding_softcaps(model: PreTrainedModel) -> PreTrainedModel:
-    """torch's fused attention knows no cap on its logits; transformers before 5.21 chose it for Gemma 2 all the same."""
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     config: Any = model.config.get_text_config()
+    # torch's fused attention knows no cap on its logits; transformers before 5.21 chose it for Gemma 2 all the same
     if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
+    quicken_norms(model)
     return model
 
 
