@@ -24,21 +24,14 @@ import study_tables  # noqa: E402
 
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
 RESULTS = sorted((ROOT / "benchmarks/results/study").iterdir())
-STUDY = {path.stem for path in PLANS}
 TEXT = (ROOT / "docs/study.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"<!-- (\w+): ([^>]*) -->\n((?:\|.*\n)+)")
 P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
 
 
-def has_wins(folder: Path) -> bool:
-    """Of the study every response's score was there to count from; of the trial on a real model no run was kept."""
-    return folder.name in STUDY or (folder / "wins.csv").exists()
-
-
 def plan_of(name: str) -> str:
     """The plan that gave the results of this name, from the root."""
-    path = f"benchmarks/study/{name}.yaml"
-    return path if (ROOT / path).exists() else f"benchmarks/{name.replace('_', '-')}.yaml"
+    return f"benchmarks/study/{name}.yaml"
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -84,11 +77,11 @@ def test_tuning_spends_as_much_on_ppo_as_on_p3o(monkeypatch):
 def test_the_statistics_are_those_of_the_evaluations(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = read_plan(plan_of(folder.name))
-    wins = rows_of(folder / "wins.csv") if has_wins(folder) else None
+    wins = rows_of(folder / "wins.csv")
     points = Points(rows_of(folder / "rows.csv"), plan)
     again = {(item.variant, item.quantity, item.against): item for item in compute_statistics(plan, points, wins)}
     found = {(row["variant"], row["quantity"], row.get("against", "")): row for row in rows_of(folder / "statistics.csv")}
-    assert again.keys() == {key for key in found if wins is not None or not key[1].startswith("wins_")}
+    assert again.keys() == found.keys()
     for key, item in again.items():
         for name in ("mean", "low", "high", "p_student", "p_holm", "p_sign_flip", "seeds"):
             assert getattr(item, name) == pytest.approx(found[key].get(name, math.nan), rel=1e-5, abs=1e-9, nan_ok=True), (key, name)
@@ -110,7 +103,7 @@ def best_mixture(points: list[Evaluation], budget: float) -> list[tuple[float, E
     return [(weight, point) for weight, point in best[1] if weight > 1e-12]
 
 
-@pytest.mark.parametrize("folder", [path for path in RESULTS if has_wins(path)], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_wins_over_the_baseline_are_those_of_the_two_best_mixtures(folder, monkeypatch):
     """Without the project's own code: every mixture of two evaluations is tried, and the two that are best meet, part by part."""
     monkeypatch.chdir(ROOT)
@@ -135,7 +128,7 @@ def test_wins_over_the_baseline_are_those_of_the_two_best_mixtures(folder, monke
         assert row["mean"] == pytest.approx(sum(shares) / len(shares), abs=2e-6), row
 
 
-@pytest.mark.parametrize("folder", [path for path in RESULTS if has_wins(path)], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_wins_over_a_start_are_those_that_the_evaluation_itself_has(folder):
     """Runs of a seed that start from the same draws have these win rates in rows.csv already, from another count."""
     rows = rows_of(folder / "rows.csv")
@@ -144,7 +137,7 @@ def test_wins_over_a_start_are_those_that_the_evaluation_itself_has(folder):
     seen = 0
     for row in rows_of(folder / "wins.csv"):
         comparisons = row["wins_gold"] + row["ties_gold"] + row["losses_gold"]
-        assert comparisons == 64 * 4 * 4  # prompts x each response with each
+        assert comparisons == (24 if folder.name == "smollm2_gold" else 64) * 4 * 4  # prompts x each response with each
         share = (row["wins_gold"] + row["ties_gold"] / 2) / comparisons
         if starts[row["run"]] != starts[row["against_run"]]:
             continue  # other batches of prompts, so other draws
@@ -153,10 +146,11 @@ def test_wins_over_a_start_are_those_that_the_evaluation_itself_has(folder):
         elif row["updates"] == 0:
             assert share == pytest.approx(1 - rates[row["against_run"], row["against_updates"]], abs=1e-6)
         seen += row["against_updates"] == 0 or row["updates"] == 0
-    assert seen or folder.name == "responses"  # where baselines differ in their batches from all that is compared with them
+    # responses: baselines differ in their batches from all that is compared with them; smollm2_gold: no mixture has a start
+    assert seen or folder.name in ("responses", "smollm2_gold")
 
 
-@pytest.mark.parametrize("folder", [path for path in RESULTS if path.name in STUDY], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_no_run_is_missing_diverged_or_ended_early(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan, rows = read_plan(plan_of(folder.name)), rows_of(folder / "rows.csv")
@@ -166,7 +160,7 @@ def test_no_run_is_missing_diverged_or_ended_early(folder, monkeypatch):
         reached[place] = max(reached.get(place, 0.0), row["responses"])
         assert "left_out" not in row and all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     cells = {(cell.variant, cell.job.seed, *cell.choice.values()) for cell in plan.cells(Path("out"))}
-    assert reached == dict.fromkeys(cells, 2048.0)  # responses drawn by the end
+    assert reached == dict.fromkeys(cells, 320.0 if folder.name == "smollm2_gold" else 2048.0)  # responses drawn by the end
     assert "No run failed or ended early" in TEXT
 
 
@@ -226,7 +220,7 @@ def test_the_runs_that_are_told_are_those_that_were_made():
     """Equal runs of several plans are one."""
     made = set()
     for folder in RESULTS:
-        if folder.name not in ("smollm2_hh", "tuning"):
+        if folder.name not in ("smollm2_gold", "tuning"):
             with (folder / "rows.csv").open(encoding="utf-8") as file:
                 made |= {row["run"] for row in csv.DictReader(file)}
     assert f"{len(made)} runs" in TEXT
@@ -246,11 +240,6 @@ def test_both_runs_stand_beside_each_other():
             (row,) = [row for row in rows_of(path) if (row["variant"], row["quantity"]) == (name, "area_learned") and row.get("against")]
             numbers = [float(number) for number in re.findall(r"[-+]\d+\.\d+", text)]
             assert numbers == pytest.approx([row["mean"], row["low"], row["high"]], abs=5.1e-4), line
-
-
-def test_the_plan_on_a_real_model_is_whole(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert len(read_plan("benchmarks/smollm2-hh.yaml").cells(Path("out"))) == 4
 
 
 def test_the_parts_of_hh_rlhf_share_no_prompt(tmp_path):
