@@ -70,6 +70,7 @@ LAYERS = [
         "packing",
         "phases",
         "casting",
+        "norms",
         "compiling",
         "scoring",
         "head",
