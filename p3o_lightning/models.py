@@ -67,6 +67,7 @@ def load_reward_backbone(
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """What every model gets, from wherever it was loaded."""
     config: Any = model.config.get_text_config()
     # torch's fused attention knows no cap on its logits; transformers before 5.21 chose it for Gemma 2 all the same
     if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
