@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-quick \
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-gpu bench-quick \
   study study-quick study-smollm2 ci clean
 
 help:  ## this list
@@ -80,6 +80,10 @@ bench: setup .venv-trl/.set-up  ## speed and memory against TRL's, every case; h
 
 bench-growth: setup  ## how time and memory grow with responses, length, batch and model
 	$(BIN)/python benchmarks/run.py --growth $(if $(CASES),--cases $(CASES)) $(BENCH)
+	$(BIN)/python benchmarks/table.py
+
+bench-gpu: setup .venv-trl/.set-up  ## on a machine with a GPU: SmolLM2's shape in bf16 against TRL; ten minutes
+	$(BIN)/python benchmarks/run.py --gpu $(if $(CASES),--cases $(CASES)) $(BENCH)
 	$(BIN)/python benchmarks/table.py
 
 bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal work, one thread; ends with the ratios

@@ -46,6 +46,7 @@ class Case:
         compiled: ours takes a turn with `torch_compile: true` too.
         resident: all sides stay in memory, and take turns iteration by iteration; else by twos, each started anew.
         micro_batches: rows (pairs) a forward that TRL tuned chooses from.
+        gpu: all sides work on the first GPU. Seconds are then of the wall, and peak memory is that of its tensors.
     """
 
     kind: Literal["policy", "reward"] = "policy"
@@ -65,6 +66,7 @@ class Case:
     compiled: bool = False
     resident: bool = True
     micro_batches: tuple[int, ...] = (8, 32)
+    gpu: bool = False
 
     @property
     def rows(self) -> int:
@@ -101,6 +103,17 @@ def _table() -> dict[str, Case]:
 
 
 CASES = _table()
+
+_ON_GPU = Case(
+    size="smollm2", dtype="bfloat16", prompts=64, prompt_tokens=64, new_tokens=64, micro_batch=64, micro_batches=(128,), gpu=True
+)
+_PAIRS_ON_GPU = replace(_ON_GPU, kind="reward", new_tokens=192, updates=4, micro_batches=(64,))
+GPU: dict[str, Case] = {
+    "gpu-smollm2-fixed-bf16": _ON_GPU,
+    "gpu-smollm2-uneven-bf16": replace(_ON_GPU, lengths="uneven"),
+    "gpu-reward-smollm2-fixed-bf16": _PAIRS_ON_GPU,
+    "gpu-reward-smollm2-uneven-bf16": replace(_PAIRS_ON_GPU, lengths="uneven"),
+}
 
 _SMALL = Case(prompts=8)
 GROWTH: dict[str, dict[str, Case]] = {  # what grows -> name of each point -> the case

@@ -16,29 +16,43 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def peak_mib() -> float:
-    """The most memory that the process has held until now. On Linux `ru_maxrss` would count that of the process that started it too."""
+
+def peak_mib(gpu: bool = False) -> float:
+    """The most memory that the process has held until now, or its tensors of the GPU.
+
+    On Linux `ru_maxrss` would count that of the process that started it too.
+    """
+    if gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def wall_of_gpu() -> float:
+    """Seconds of the wall, once the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Gate:
     """Begin an iteration with `wait`, end it with `report`; in between, say what phase it is in and what work was done.
 
-    Seconds are of the process's CPU with one thread, of the wall with more: threads that wait for each other burn CPU.
+    Seconds are of the process's CPU with one thread, of the wall with more (threads that wait for each other burn CPU) and on a GPU.
 
     Args:
         packages: whose versions are told.
         idle_mib: peak of memory once the libraries are imported, before any model is.
         settings: of this side, to be told.
+        gpu: the work is done on a GPU.
     """
 
-    def __init__(self, packages: list[str], idle_mib: float, settings: dict[str, Any]) -> None:
-        self._threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
-        self._clock = time.process_time if self._threads == 1 else time.perf_counter
+    def __init__(self, packages: list[str], idle_mib: float, settings: dict[str, Any], gpu: bool = False) -> None:
+        self._gpu, self._of_cpu = gpu, not gpu and int(os.environ.get("OMP_NUM_THREADS", "1")) == 1
+        self._clock = time.process_time if self._of_cpu else wall_of_gpu if gpu else time.perf_counter
         self._spent: Counter[str] = Counter()
         self._work: Counter[str] = Counter()
         self._phases, self._since = ["other"], self._clock()
@@ -51,19 +65,20 @@ class Gate:
             sys.exit(0)
         self._spent.clear()
         self._work.clear()
-        self._cpu, self._wall, self._since = time.process_time(), time.perf_counter(), self._clock()
+        self._since = self._clock()
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
 
     def report(self) -> None:
         """What happened since `wait`, and the peak of memory until now."""
         self._charge()
         cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
         row = {
-            "seconds": round(cpu if self._threads == 1 else wall, 5),
+            "seconds": round(cpu if self._of_cpu else wall, 5),
             "cpu": round(cpu, 5),
             "wall": round(wall, 5),
             "phases": {phase: round(seconds, 5) for phase, seconds in self._spent.items()},
             "work": dict(self._work),
-            "peak_mib": round(peak_mib(), 1),
+            "peak_mib": round(peak_mib(self._gpu), 1),
         }
         print("\n" + json.dumps({"iteration": row}), flush=True)
 

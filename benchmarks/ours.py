@@ -88,11 +88,11 @@ def main(folder: str, described: str, compiled: str = "") -> None:
         data = PreferenceDataModule(f"{folder}/pairs.jsonl", batch_size=micro_batch, val_fraction=0)
         accumulate = case.prompts // micro_batch
         batches, settings["micro_batch_size"] = accumulate * case.updates, micro_batch
-    gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings)
+    gate = Gate(["torch", "transformers", "lightning"], idle_mib, settings, case.gpu)
     if case.kind == "policy":
         watch(module, gate)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if case.gpu else "cpu",
         devices=1,
         precision=settings["precision"],
         max_steps=1000,

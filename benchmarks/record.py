@@ -49,11 +49,16 @@ def write(file: Path, result: dict[str, Any]) -> None:
     os.replace(aside, file)
 
 
-def circumstances(commit: str) -> dict[str, Any]:
+def circumstances(commit: str, gpu: bool = False) -> dict[str, Any]:
     """Commit, machine, command and date; how many processes wanted a core when the case was over."""
+    about = machine()
+    if gpu:
+        import torch
+
+        about["gpu"] = torch.cuda.get_device_name()
     return {
         "commit": commit,
-        "machine": machine(),
+        "machine": about,
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),

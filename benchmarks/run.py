@@ -1,6 +1,6 @@
 """`make bench`: ours, TRL as it comes and TRL tuned in turn on every case. A case that was measured at this commit is skipped.
 
-python benchmarks/run.py [--cases PATTERN ...] [--growth] [--rounds N] [--threads N] [--minutes N]
+python benchmarks/run.py [--cases PATTERN ...] [--growth | --gpu] [--rounds N] [--threads N] [--minutes N]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import arithmetic
 import equal
 import record
 import sides
-from cases import CASES, GROWTH, OVERHEAD, Case, select
+from cases import CASES, GPU, GROWTH, OVERHEAD, Case, select
 from sides import Side
 
 GROWN = {name: case for points in GROWTH.values() for name, case in points.items()} | OVERHEAD
@@ -103,7 +103,7 @@ def run(chosen: dict[str, Case], rounds: int, threads: int, minutes: float, resu
             continue
         with tempfile.TemporaryDirectory() as folder:
             result = measure(case, rounds, threads, Path(folder), alone=name in GROWN)
-        record.write(file, {"name": name, **record.circumstances(commit), **result})
+        record.write(file, {"name": name, **record.circumstances(commit, case.gpu), **result})
         told = ", ".join(f"{side} {about['summary']['median']:.2f} s" for side, about in result["sides"].items())
         print(f"{name}: {told}; " + ", ".join(f"{side} {ratio:.2f}x" for side, ratio in result.get("ratios", {}).items()), flush=True)
 
@@ -111,13 +111,15 @@ def run(chosen: dict[str, Case], rounds: int, threads: int, minutes: float, resu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[], metavar="PATTERN", help="measure the cases whose name matches one (default: all)")
-    parser.add_argument("--growth", action="store_true", help="the sweeps of ours alone, in place of the cases against TRL")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--growth", action="store_true", help="the sweeps of ours alone, in place of the cases against TRL")
+    other.add_argument("--gpu", action="store_true", help="the cases on a GPU, against TRL")
     parser.add_argument("--rounds", type=int, help="iterations of each side after the warm-up (default: 5, of a sweep 3)")
     parser.add_argument("--threads", type=int, default=1, help="of each side; seconds are CPU with 1, wall with more (default: 1)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long (default: no limit)")
     given = parser.parse_args()
     rounds = given.rounds or (3 if given.growth else 5)
-    run(select(given.cases, GROWN if given.growth else CASES), rounds, given.threads, given.minutes, record.RESULTS)
+    run(select(given.cases, GROWN if given.growth else GPU if given.gpu else CASES), rounds, given.threads, given.minutes, record.RESULTS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from cases import CASES, GROWTH, Case
+from cases import CASES, GPU, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
@@ -47,25 +47,25 @@ def spread(summary: dict[str, Any]) -> str:
     return f"{summary['median']:.{digits}f} ({summary['min']:.{digits}f}–{summary['max']:.{digits}f})"
 
 
-def in_order(results: Results) -> dict[str, dict[str, Any]]:
+def in_order(results: Results, gpu: bool = False) -> dict[str, dict[str, Any]]:
     """Those of cases against TRL, as the table of cases has them, one thread before several."""
-    places = {name: place for place, name in enumerate(CASES)}
-    against = {name: result for name, result in results.items() if "ratios" in result}
+    places = {name: place for place, name in enumerate(GPU if gpu else CASES)}
+    against = {name: result for name, result in results.items() if "ratios" in result and result["case"].get("gpu", False) == gpu}
     return dict(sorted(against.items(), key=lambda item: (places.get(item[1]["name"], len(places)), item[1]["threads"])))
 
 
 # ---- against TRL
 
 
-def comparison(results: Results) -> list[str]:
+def comparison(results: Results, gpu: bool = False) -> list[str]:
     """Seconds of an iteration, ratios, tokens a second, peak memory."""
     head = ["case", *SIDES.values(), "ratio to TRL as it comes", "ratio to TRL tuned", "tokens", "tokens/s", "peak MiB", "rounds", "commit"]
     rows = [head]
-    for name, result in in_order(results).items():
+    for name, result in in_order(results, gpu).items():
         summaries = {side: result["sides"][side]["summary"] for side in SIDES if side in result["sides"]}
         rows.append(
             [
-                f"{name} (wall)" if result["threads"] > 1 else name,
+                f"{name} (wall)" if result["threads"] > 1 and not gpu else name,
                 *(spread(summaries[side]) if side in summaries else "" for side in SIDES),
                 *(ratio(result, side) for side in ("default", "tuned")),
                 " / ".join(f"{result['work']['tokens'][side]:.0f}" for side in summaries),
@@ -102,10 +102,10 @@ def goals(results: Results) -> list[str]:
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
-def phases(results: Results) -> list[str]:
+def phases(results: Results, gpu: bool = False) -> list[str]:
     """Where an iteration's time goes, median of each phase, and the micro-batch that TRL tuned chose."""
     rows = [["case", "side", *PHASES, "the rest", "micro-batch"]]
-    for name, result in in_order(results).items():
+    for name, result in in_order(results, gpu).items():
         if result["case"]["kind"] != "policy":
             continue
         for side, title in SIDES.items():
@@ -122,7 +122,7 @@ def phases(results: Results) -> list[str]:
 def against_us(results: Results) -> list[str]:
     """Cases where TRL is faster, or holds less memory, at its better setting of the two."""
     found = []
-    for name, result in in_order(results).items():
+    for name, result in (in_order(results) | in_order(results, gpu=True)).items():
         found += [f"* {name}: {SIDES[side]} is faster, {ratio:.2f}." for side, ratio in result["ratios"].items() if ratio < 1]
         ours, least = (result["sides"][side]["summary"]["peak_mib"] for side in ("ours", "tuned"))
         if ours > least:
@@ -295,19 +295,23 @@ def machines(results: Results) -> list[str]:
             versions |= side["about"]["versions"]
         listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         if listed:
+            gpu = f"{about['gpu']}, one; " if "gpu" in about else ""
             told.add(
-                f"* {about['processor']} ({', '.join(about['instructions'])}), {about['cores']} cores, {about['memory_gib']} GiB; {listed}."
+                f"* {gpu}{about['processor']} ({', '.join(about['instructions'])}), {about['cores']} cores, {about['memory_gib']} GiB; {listed}."
             )
     return sorted(told)
 
 
 def sections(results: Results) -> dict[str, list[str]]:
     """Marker -> what stands there."""
+    on_gpu = in_order(results, gpu=True)
+    results = {name: result for name, result in results.items() if name not in on_gpu}
     return {
         "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *quiet(results), *picture("ratios")],
+        "gpu": [*comparison(on_gpu, gpu=True), "", *machines(on_gpu), "", *phases(on_gpu, gpu=True)],
         "goals": goals(results),
         "phases": phases(results),
-        "against us": against_us(results),
+        "against us": against_us(results | on_gpu),
         "growth": [*growth(results), *picture("growth")],
         "overhead": overhead(results),
     }

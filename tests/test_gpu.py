@@ -69,8 +69,8 @@ def test_the_tokens_drawn_are_those_of_the_cpu(family, cut):
     expected = sample_with_logps(model, tokens, mask, sampling, **options)
     drawn = sample_with_logps(model.cuda(), tokens.cuda(), mask.cuda(), sampling, **options)
     assert all(item.is_cuda for item in drawn)
-    for one, other in zip(expected, drawn, strict=True):
-        assert_close(other.cpu(), one, rtol=0, atol=1e-4 if family in FLOAT32_ONLY else 1e-6)
+    for one, other in zip(expected, drawn, strict=True):  # norms and the angles of positions are float32 in all of them
+        assert_close(other.cpu(), one, rtol=1e-5, atol=1e-4 if family in FLOAT32_ONLY else 1e-5)
 
 
 def test_they_are_so_under_deterministic_algorithms(monkeypatch):
@@ -191,6 +191,14 @@ def rows(folder):
     return PreferenceDataModule(str(preferences(folder, 24)), batch_size=4, val_fraction=0.25, length_grouped=False)
 
 
+class Devices(L.Callback):
+    """Where everything is at the end of training; Lightning takes it back to the CPU after that."""
+
+    def on_train_end(self, trainer, pl_module):
+        frozen = [pl_module.reference, *pl_module.rewards.networks] if hasattr(pl_module, "rewards") else []
+        self.found = {item.device.type for model in [pl_module, *frozen] if model is not None for item in model.parameters()}
+
+
 def train(folder, kind, settings=None, ckpt_path=None, **options):
     Path(folder).mkdir(parents=True, exist_ok=True)
     stage = stage_of(kind, **(settings or {}))
@@ -206,8 +214,9 @@ def distance(one, other):
 @pytest.mark.parametrize("settings", [{}, {"peft_config": {"r": 4}}], ids=["whole", "adapter"])
 @pytest.mark.parametrize("kind", STAGES)
 def test_a_run_is_that_of_the_cpu(kind, settings, tmp_path):
-    stage, figures = train(tmp_path, kind, settings)
-    assert stage.device.type == "cuda"
+    devices = Devices()
+    stage, figures = train(tmp_path, kind, settings, callbacks=[devices])
+    assert devices.found == {"cuda"}, "the policy, its reference and its reward model"
     other, expected = train(tmp_path, kind, settings, accelerator="cpu")
     assert distance(weights(stage), weights(other)) < 1e-2 * distance(weights(stage_of(kind, **settings)), weights(other))
     assert figures.keys() == expected.keys()
@@ -252,7 +261,7 @@ def test_a_checkpoint_made_on_a_gpu_is_read_on_a_cpu(tmp_path):
     assert distance(weights(again), weights(stage)) == 0
 
 
-def test_reference_and_reward_work_on_the_gpu_and_leave_it_with_the_policy(tmp_path):
+def test_reference_and_reward_leave_the_gpu_with_the_policy(tmp_path):
     stage, _ = train(tmp_path, "policy")
     frozen = [stage.reference, *stage.rewards.networks]
     assert {item.device.type for model in frozen for item in model.parameters()} == {next(stage.model.parameters()).device.type}
@@ -330,7 +339,7 @@ def test_the_command_trains_on_it_and_tells_its_memory(p3o):  # noqa: F811
         "run",
     )
     assert ended.code == 0, ended
-    found = scalars(Path("run"), clock=True)
+    found = scalars(p3o.folder / "run/logs/version_0", clock=True)
     peaks = [value for _, value in found["throughput/peak_memory_mib"]]
     assert 1 < peaks[-1] < 200, "of the GPU's tensors, not of the process"
 
