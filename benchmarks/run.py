@@ -28,6 +28,12 @@ def take_turns(contestants: dict[str, Side], rounds: int, resident: bool) -> dic
     """Iterations of each side, after one that does not count whenever it has started."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     each = 1 if resident else PER_VISIT
+    if resident:
+        cold = [side for side in contestants.values() if not side.running]
+        for side in cold:
+            side.start()
+        for side in cold:
+            side.iterate()
     for _ in range(math.ceil(rounds / each)):
         for name, side in contestants.items():
             if not side.running:

@@ -32,9 +32,9 @@ class Side:
 
     def iterate(self) -> dict[str, Any]:
         """What one iteration did and cost."""
-        if self._process is None:
-            self._start()
+        self.start()
         assert self._process is not None and self._process.stdin
+        self.about = self.about or self._answer("about")
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         return self._answer("iteration")
@@ -46,12 +46,15 @@ class Side:
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """It loads its libraries and models, and waits to be told to begin."""
+        if self._process is not None:
+            return
+        self.about = {}
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self.command, cwd=HERE, env=self._environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
             )
-        self.about = self._answer("about")
 
     def _answer(self, kind: str) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout

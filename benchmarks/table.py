@@ -296,9 +296,8 @@ def machines(results: Results) -> list[str]:
         listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         if listed:
             gpu = f"{about['gpu']}, one; " if "gpu" in about else ""
-            told.add(
-                f"* {gpu}{about['processor']} ({', '.join(about['instructions'])}), {about['cores']} cores, {about['memory_gib']} GiB; {listed}."
-            )
+            host = f"{about['processor']} ({', '.join(about['instructions'])}), {about['cores']} cores, {about['memory_gib']} GiB"
+            told.add(f"* {gpu}{host}; {listed}.")
     return sorted(told)
 
 

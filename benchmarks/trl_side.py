@@ -79,7 +79,13 @@ def main(folder: str, described: str, micro_batch: str) -> None:
     settings["bf16"] = case.dtype == "bfloat16"  # autocast over float32 weights
     if tuned:
         settings |= {"gradient_checkpointing": False, "disable_dropout": True}
-    common: dict[str, Any] = {"output_dir": f"{folder}/trl", "use_cpu": not case.gpu, "max_steps": 1000, "save_strategy": "no", "report_to": []}
+    common: dict[str, Any] = {
+        "output_dir": f"{folder}/trl",
+        "use_cpu": not case.gpu,
+        "max_steps": 1000,
+        "save_strategy": "no",
+        "report_to": [],
+    }
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/reward", padding_side="left" if case.kind == "policy" else "right")
     gate = Gate(["torch", "transformers", "trl"], idle_mib, settings, case.gpu)
     callbacks = [Iterations(gate, case.epochs if case.kind == "policy" else case.updates)]

@@ -7,24 +7,22 @@ changes nothing (but for the last bit of a logit, which kernels round by batch s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache as once
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from p3o_lightning.batches import PromptBatch
 from p3o_lightning.casting import laid_out
 from p3o_lightning.compiling import as_written
+from p3o_lightning.cuda_graphs import Graphed, can_be_graphed
+from p3o_lightning.decoding import Decoder, Growing, Rereading, last_logits, new_cache
 from p3o_lightning.errors import InputError
-from p3o_lightning.forwards import accepts, learned_positions, positions_of, precise, unwrapped
-from p3o_lightning.kv_cache import attends_only, roomy_cache
+from p3o_lightning.forwards import learned_positions, positions_of, precise
 
 BLOCK = 64  # tokens of the vocabulary whose weights are added up at a time
-ROWS = 8  # finished rows leave the batch so many at a time
 
 
 @dataclass(frozen=True)
@@ -121,14 +119,8 @@ def _decoded(
     logps = torch.zeros(rows, sampling.max_completion_length, dtype=torch.float32, device=device)
     lengths = torch.full((rows,), sampling.max_completion_length, device=device)
 
-    cache = _new_cache(model, prompt_tokens.shape[1] + sampling.max_completion_length - 1)  # the last token drawn is never read
-    logits = _last_logits(model, prompt_tokens, prompt_mask, positions_of(prompt_mask), cache).repeat_interleave(count, 0)
-    if cache is not None and cache.get_seq_length() == 0:  # the model took it and did not fill it
-        cache = None
-    mask = prompt_mask.repeat_interleave(count, 0)
-    context = prompt_tokens.repeat_interleave(count, 0)  # read again at every step where there is no cache
-    if cache is not None:
-        cache.batch_repeat_interleave(count)
+    steps = sampling.max_completion_length - 1  # the last token drawn is never read
+    logits, decoder = _begin(model, prompt_tokens, prompt_mask, count, steps)
     held = torch.arange(rows, device=device)  # the rows of `tokens` that the running batch still holds
     going = torch.ones(rows, dtype=torch.bool, device=device)  # and which of them have not ended
 
@@ -141,22 +133,43 @@ def _decoded(
         left = int(going.sum())
         if step + 1 == sampling.max_completion_length or not left:
             break
-        if left <= len(held) - ROWS:  # not one by one: each time the cache is copied, and a CPU's kernels are made for a size
-            kept = _kept(going, -(-left // ROWS) * ROWS)
-            held, going, drawn, mask, context = held[kept], going[kept], drawn[kept], mask[kept], context[kept]
-            if cache is not None:
-                cache.batch_select_indices(kept)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if cache is None:
-            context = torch.cat([context, drawn.unsqueeze(1)], 1)
-            logits = _last_logits(model, context, mask, positions_of(mask), None)
-        else:
-            logits = _last_logits(model, drawn.unsqueeze(1), mask, mask.sum(1, keepdim=True) - 1, cache)
+        if (rows_kept := decoder.worth(left, len(held), steps - step)) < len(held):
+            kept = _kept(going, rows_kept)
+            held, going, drawn = held[kept], going[kept], drawn[kept]
+            decoder.keep(kept)
+        logits = decoder.read(drawn)
 
     longest = int(lengths.max())
     tokens = tokens[:, :longest]
     token_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     return tuple(values.view(prompts, count, longest) for values in (tokens, token_mask, logps[:, :longest]))  # type: ignore[return-value]
+
+
+def _begin(
+    model: nn.Module,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    count: int,
+    steps: int,
+) -> tuple[Float[Tensor, "row vocabulary"], Decoder]:
+    """Reads every prompt once: the logits of the first token of `count` responses to each, and what goes on from there.
+
+    Args:
+        model: in eval mode.
+        prompt_tokens: padded on the left.
+        prompt_mask: True on their real tokens.
+        count: rows of each prompt, side by side.
+        steps: tokens of each row to be read, at most.
+    """
+    cache = new_cache(model, prompt_tokens.shape[1] + steps)
+    logits = last_logits(model, prompt_tokens, prompt_mask.long(), positions_of(prompt_mask), cache).repeat_interleave(count, 0)
+    mask = prompt_mask.repeat_interleave(count, 0)
+    if cache is None or cache.get_seq_length() == 0:  # the model took it and did not fill it
+        return logits, Rereading(model, prompt_tokens.repeat_interleave(count, 0), mask)
+    cache.batch_repeat_interleave(count)
+    if can_be_graphed(model, cache, steps):
+        return logits, Graphed(model, cache, mask, steps)
+    return logits, Growing(model, cache, mask)
 
 
 def _kept(going: Bool[Tensor, " row"], count: int) -> Int[Tensor, " kept"]:
@@ -243,30 +256,3 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask:
         ]
         for rows, masks in zip(tokens.cpu(), mask.cpu(), strict=True)
     ]
-
-
-def _new_cache(model: nn.Module, capacity: int) -> DynamicCache | None:
-    """An empty cache, or None for a model whose state cannot be repeated for K responses and freed of finished rows."""
-    base = unwrapped(model)
-    if accepts(model, "past_key_values") and attends_only(base):
-        config: Any = base.config
-        return roomy_cache(config.get_text_config(decoder=True), capacity)
-    _say_slow(type(base).__name__)
-    return None
-
-
-@once
-def _say_slow(name: str) -> None:
-    rank_zero_warn(f"{name} has no plain key-value cache: sampling reads the whole text again for every token, which is slow.")
-
-
-def _last_logits(model: nn.Module, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None) -> Tensor:
-    """Logits of the last position; the cache, if any, grows by the tokens."""
-    options: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": cache is not None}
-    if cache is not None:
-        options["past_key_values"] = cache
-    if accepts(model, "position_ids"):
-        options["position_ids"] = positions
-    if accepts(model, "logits_to_keep"):
-        options["logits_to_keep"] = 1
-    return model(input_ids=tokens, **options).logits[:, -1]

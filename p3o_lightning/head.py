@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from p3o_lightning.forwards import unwrapped
 
 CHUNK = 128  # positions whose logits exist at a time: with a vocabulary of 8,192 that is 4 MiB, about what a core's cache holds
+BLOCK = 2**28  # bytes of them elsewhere: a GPU waits for whoever gives it little to do
 KEPT = 2**26  # bytes of softmax numerators that are kept for the backward; above it they are computed again
 
 
@@ -77,8 +78,9 @@ class _HeadLogps(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         logps, sums, tops = (torch.empty(len(tokens), dtype=precise, device=hidden.device) for _ in range(3))
         numerators = torch.empty(len(tokens), len(weight), dtype=hidden.dtype, device=hidden.device) if keep else None
-        for start in range(0, len(tokens), CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = _positions_at_a_time(weight)
+        for start in range(0, len(tokens), chunk):
+            part = slice(start, start + chunk)
             into = numerators[part] if numerators is not None and precise == hidden.dtype else None
             logits = _logits(hidden[part], weight, bias, temperature, into)
             tops[part] = logits.amax(-1)
@@ -102,7 +104,7 @@ class _HeadLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight: Tensor | None = None
         of_bias = torch.zeros_like(bias) if for_bias else None
-        step = len(tokens) if numerators is not None else CHUNK
+        step = len(tokens) if numerators is not None else _positions_at_a_time(weight)
         for start in range(0, len(tokens), step):
             part = slice(start, start + step)
             if numerators is None:
@@ -120,6 +122,10 @@ class _HeadLogps(torch.autograd.Function):
             if of_bias is not None:
                 of_bias.addmv_(made.t(), share[part].squeeze(1))
         return of_hidden, of_weight, of_bias, None, None, None
+
+
+def _positions_at_a_time(weight: Tensor) -> int:
+    return CHUNK if weight.is_cpu else max(CHUNK, BLOCK // (4 * len(weight)) // CHUNK * CHUNK)
 
 
 def _take_off(numerators: Tensor, tokens: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -19,6 +20,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity, self.length = capacity, 0
+        self._column: Tensor | None = None
         self._buffers: list[Tensor] = []  # keys and values: row, head, column, channel
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -29,11 +31,22 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self._buffers = [states.new_empty(*states.shape[:2], self.capacity, states.shape[-1]) for states in (key_states, value_states)]
+        if self._column is not None:
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self._column, states.to(buffer.dtype))
+            return self._buffers[0], self._buffers[1]
         end = self.length + key_states.shape[-2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
         self.length = end
         return self._show()
+
+    def fix(self, column: Int[Tensor, " 1"]) -> None:
+        """From now on `update` writes one column, the one that `column` says at that time, and gives all columns, filled or not."""
+        self._column = column
+        for buffer in self._buffers:
+            buffer[:, :, self.length :] = 0  # what a mask leaves out is weighed with 0, and 0 times NaN is NaN
+        self.length = self.capacity
 
     def get_seq_length(self) -> int:
         """Columns filled."""

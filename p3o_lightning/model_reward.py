@@ -27,7 +27,7 @@ class ModelReward:
     Either way the sequence ends as its training text ended: with EOS where the response ended, without where it was cut off.
     """
 
-    batch_rows = 32
+    batch_rows, batch_tokens = 8, 2**15  # of a forward: on a CPU what a core's cache holds, on a GPU what keeps it at work
 
     def __init__(
         self, network: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, name: str
@@ -49,7 +49,7 @@ class ModelReward:
         device, count = next(self.network.parameters()).device, responses.tokens.shape[1]
         longest = [max(map(len, rows[start : start + count])) for start in range(0, len(rows), count)]
         order = sorted(range(len(longest)), key=longest.__getitem__)  # neighbours of like length: little padding
-        batch_rows = self.batch_rows // 4 if device.type == "cpu" else self.batch_rows  # what a core's cache holds
+        batch_rows = self.batch_rows if device.type == "cpu" else self.batch_tokens // max(longest)
         size = max(1, batch_rows // count)  # prompts
         chunks = []
         with eval_mode(self.network), cast_once(self.network):
@@ -68,9 +68,10 @@ class ModelReward:
 
     def _token_rows(self, responses: Responses) -> list[list[int]]:
         rows = []
-        for i, (prompt, kept) in enumerate(zip(responses.prompts.tokens, responses.prompts.attention_mask, strict=True)):
+        given = responses.prompts.tokens, responses.prompts.attention_mask, responses.tokens, responses.mask
+        for prompt, kept, replies, masks in zip(*(item.cpu() for item in given), strict=True):  # a GPU would be waited for at every row
             head = prompt[kept].tolist()
-            rows += [head + tokens[real].tolist() for tokens, real in zip(responses.tokens[i], responses.mask[i], strict=True)]
+            rows += [head + tokens[real].tolist() for tokens, real in zip(replies, masks, strict=True)]
         return rows
 
     def _encoded_rows(self, responses: Responses) -> list[list[int]]:

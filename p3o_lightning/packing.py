@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from p3o_lightning.forwards import positions_of, unwrapped
 
 NAME = "p3o_packed"  # of the attention below, in a model's config
+TERMS = ("softcap", "s_aux", "position_bias", "cache")  # of an attention that is more than a softmax of products
 
 
 class Packing:
@@ -89,16 +90,19 @@ class Packing:
         self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
     ) -> Float[Tensor, "1 token head channel"]:
         """Scaled dot-product attention of the row, given and returned as transformers does: query etc. (1, head, token, channel)."""
-        given = query.dtype
-        if query.device.type == "cpu":  # whose backward in half precision is four times as slow
+        given, kind = query.dtype, query.device.type
+        if kind == "cpu":  # whose backward in half precision is four times as slow
             query, key, value = (states.float() if states.dtype.itemsize < 4 else states for states in (query, key, value))
-        elif key.shape[1] != query.shape[1]:  # elsewhere, a mask and grouped heads leave the fast kernels
-            key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        else:
+            if torch.is_autocast_enabled(kind):  # as autocast itself would, twice
+                query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
+            if key.shape[1] != query.shape[1]:  # a mask and grouped heads leave the fast kernels
+                key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
         options: Any = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
         sizes = [self.trunk_tokens, self.branch_tokens, self.filling]
-        of_trunks, of_branches, _ = zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True)
+        of_trunks, of_branches, _ = zip(*(states.squeeze(0).transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True)
         parts = []
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(kind, enabled=False):
             q, k, v = (_spread(row, self._trunk_slots, self.groups, self.trunk_width) for row in of_trunks)
             if self.trunk_tokens:  # padded on the right: what is padding comes after, and is not seen
                 seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
@@ -161,10 +165,30 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa"; or, where a forward is given `packing`, that of its row."""
     if packing is None:
+        plain = not dropout and not any(options.get(name) is not None for name in TERMS)
+        grouped = query.is_cuda and query.shape[2] == 1 and key.shape[1] < query.shape[1]
+        if plain and grouped and attention_mask is not None:
+            return attend_by_groups(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")):
+    if any(options.get(name) is not None for name in TERMS):
         raise ValueError("attention with a term of its own")
     return packing.attend(query, key, value, dropout, scaling), None
+
+
+def attend_by_groups(
+    query: Float[Tensor, "row head 1 channel"],
+    key: Float[Tensor, "row group token channel"],
+    value: Float[Tensor, "row group token channel"],
+    mask: Bool[Tensor, "row 1 1 token"],
+    scaling: float | None,
+) -> Float[Tensor, "row 1 head channel"]:
+    """Attention of one new token where heads share keys and values by groups: the heads of a group are its queries.
+
+    transformers repeats the whole cache for every head instead, at every step.
+    """
+    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+    seen = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
+    return seen.reshape(query.shape[0], 1, query.shape[1], value.shape[-1])
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -177,21 +177,25 @@ class Recorded:
     """A side that writes down when it is asked."""
 
     def __init__(self, name: str, log: list[str], seconds: float = 1.0) -> None:
-        self.name, self.log, self.seconds, self.running = name, log, seconds, False
+        self.name, self.log, self.seconds, self.running, self.warm = name, log, seconds, False, False
+
+    def start(self) -> None:
+        self.log.append(f"{self.name}+")
+        self.running = True
 
     def iterate(self) -> dict[str, float]:
-        self.log.append(self.name if self.running else f"{self.name}*")
-        self.running = True
+        self.log.append(self.name if self.warm else f"{self.name}*")
+        self.running = self.warm = True
         return {"seconds": self.seconds}
 
     def stop(self) -> None:
-        self.running = False
+        self.running = self.warm = False
 
 
 def test_sides_take_turns_after_a_warm_up():
     log: list[str] = []
     rows = run.take_turns({name: Recorded(name, log) for name in "abc"}, 3, resident=True)
-    assert "".join(log) == "a*ab*bc*c" + "abc" * 2
+    assert "".join(log) == "a+b+c+" + "a*b*c*" + "abc" * 3, "they load side by side"
     assert {name: len(each) for name, each in rows.items()} == dict.fromkeys("abc", 3)
 
 

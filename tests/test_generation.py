@@ -36,7 +36,7 @@ from families import CAUSAL, EOS, PAD, causal, left_padded, word_tokenizer
 from torch import nn
 from torch.testing import assert_close
 
-from p3o_lightning import generation
+from p3o_lightning import decoding
 from p3o_lightning.errors import InputError
 from p3o_lightning.generation import Sampling, decode_completions, draw, sample_completions
 
@@ -71,7 +71,7 @@ def plain_loop(model, rows, sampling, seed):
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_sampling_is_a_plain_loop_over_the_model(family, monkeypatch):
-    monkeypatch.setattr(generation, "ROWS", 2)  # of nine
+    monkeypatch.setattr(decoding, "ROWS", 2)  # of nine
     model, sampling = causal(family), Sampling(3, STEPS, temperature=1.3)
     rows, tokens, mask = sampled(model, sampling)
     expected = plain_loop(model, rows, sampling, 5)
@@ -86,7 +86,7 @@ def test_the_families_end_at_different_steps():
 
 
 def test_finished_rows_leave_so_many_at_a_time(monkeypatch):
-    monkeypatch.setattr(generation, "ROWS", 4)
+    monkeypatch.setattr(decoding, "ROWS", 4)
     model, held = causal("llama"), []
     model.register_forward_pre_hook(lambda _, args, kwargs: held.append(len(kwargs["input_ids"])), with_kwargs=True)
     _, _, mask = sampled(model, Sampling(8, STEPS, 1.3))
@@ -234,7 +234,7 @@ def test_logits_that_are_not_finite_stop_with_the_reason(bad):
 
 
 def test_a_model_without_a_cache_reads_the_text_again_and_says_so_once():
-    generation._say_slow.cache_clear()
+    decoding._say_slow.cache_clear()
     model = Table(LOGITS)
     tokens, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
     with pytest.warns(UserWarning, match="Table has no plain key-value cache") as caught:

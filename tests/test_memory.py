@@ -121,8 +121,8 @@ def test_gradients_stay_while_the_next_rollout_is_made(tmp_path):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
 def test_the_cache_is_exact(kind, monkeypatch):
-    kept, new = [], generation._new_cache
-    monkeypatch.setattr(generation, "_new_cache", lambda *given: kept.append(new(*given)) or kept[0])
+    kept, new = [], generation.new_cache
+    monkeypatch.setattr(generation, "new_cache", lambda *given: kept.append(new(*given)) or kept[0])
     dtype, work = torch.bfloat16 if kind == "bfloat16" else torch.float32, replace(WORKS["small"], autocast=kind == "autocast")
     model = build("small", dtype=dtype).eval()
     tokens, mask, *_ = batch(work, 509, work.prompts)

@@ -33,6 +33,8 @@ LAYERS = [
     {"policy", "reward_model", "supervised", "direct"},
     {
         "generation",
+        "decoding",
+        "cuda_graphs",
         "rewards",
         "function_reward",
         "model_reward",

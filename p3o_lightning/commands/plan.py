@@ -92,7 +92,8 @@ class Plan:
         rewards = [network for source in sources if (network := self._reward(source, model)) is not None]
         if critic:
             model = memory.with_critic(model, self.rounded or 4)
-        estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=ModelReward.batch_rows, served=served)
+        rows = max(ModelReward.batch_rows, ModelReward.batch_tokens // work.tokens)
+        estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=rows, served=served)
         return model, work, estimate
 
     def _reference(self, model: memory.Model) -> memory.Model | None:
