@@ -24,6 +24,7 @@ from p3o_lightning.scoring import allows
 STEPS = 16  # a recording costs about three steps as they are written
 
 _REFUSED: WeakSet[nn.Module] = WeakSet()  # models whose step could not be recorded
+_LAST: dict[int, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph | None]] = {}  # of each GPU: the next recording takes over its memory
 
 
 def can_be_graphed(model: nn.Module, cache: DynamicCache, steps: int) -> bool:
@@ -99,7 +100,8 @@ class Graphed:
         dtype = torch.get_autocast_dtype("cuda")
         # what autocast kept of a cast weight would lie in the recording's memory
         with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            stream = torch.cuda.Stream()
+            device = torch.cuda.current_device()
+            stream, last = _LAST.get(device) or (torch.cuda.Stream(), None)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 logits = self._step().clone()
@@ -107,7 +109,8 @@ class Graphed:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.stream(stream):
-                    graph.capture_begin(capture_error_mode="thread_local")  # other threads may pin memory meanwhile
+                    pool = None if last is None else last.pool()
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may pin memory meanwhile
                     try:
                         self._recorded = self._step()
                     finally:
@@ -118,4 +121,5 @@ class Graphed:
                 rank_zero_info(f"{name}: sampling runs as written, a step cannot be recorded ({str(error).splitlines()[0]}).")
                 return logits
             self._graph = graph
+            _LAST[device] = stream, graph
         return logits

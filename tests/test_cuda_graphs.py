@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -91,3 +94,81 @@ def test_heads_of_a_group_as_queries_are_the_heads_repeated(scaling):
     module.num_key_value_groups = 3
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
     assert_close(attend_by_groups(query, key, value, mask, scaling), expected, rtol=0, atol=1e-12)
+
+
+# ---- recording, with something that stands in for a graph
+
+
+class Graph:
+    """Tells whose memory it was given."""
+
+    begun: ClassVar[list] = []
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.begun.append((self, pool))
+
+    def capture_end(self):
+        pass
+
+    def pool(self):
+        return self
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A GPU that computes nothing; what began to be recorded, and into whose memory."""
+    stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    for name, value in {
+        "current_device": lambda: 0,
+        "current_stream": lambda: None,
+        "Stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graphs, "_LAST", {})
+    monkeypatch.setattr(Graph, "begun", [])
+    return Graph.begun
+
+
+def decoder(model):
+    _, tokens, mask = left_padded([3, 5])
+    cache = new_cache(model, tokens.shape[1] + 9)
+    generation.last_logits(model, tokens, mask.long(), generation.positions_of(mask), cache)
+    return Graphed(model, cache, mask, 9)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_recording_takes_over_the_memory_of_the_last(fake):
+    """Else every rollout would leave its own behind, until none is left."""
+    model = causal("llama")
+    for _ in range(3):
+        decoder(model)._step_and_record()
+    graphs, pools = zip(*fake, strict=True)
+    assert pools == (None, graphs[0], graphs[1]) and len(set(graphs)) == 3
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_what_cannot_be_recorded_goes_on_as_written(fake, monkeypatch, caplog):
+    model = causal("llama")
+    expected, steps = decoder(model), decoder(model)
+    step = Graphed._step
+
+    def refuse(self):
+        if fake:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return step(self)
+
+    monkeypatch.setattr(Graphed, "_step", refuse)
+    drawn = torch.tensor([4, 7])
+    steps._tokens.copy_(drawn.unsqueeze(1))
+    with caplog.at_level("INFO"):
+        got = [steps._step_and_record()]
+    monkeypatch.setattr(Graphed, "_step", step)
+    got.append(steps.read(drawn))
+    for logits in got:
+        assert torch.equal(logits, expected.read(drawn))
+    assert "LlamaForCausalLM: sampling runs as written, a step cannot be recorded (operation not permitted when" in caplog.text
+    assert model in cuda_graphs._REFUSED and not cuda_graphs._LAST
