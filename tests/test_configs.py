@@ -120,6 +120,24 @@ def test_a_recipe_runs_on_a_small_file_of_the_readers_own(p3o, monkeypatch):
         assert [step + 1 for step, _ in scalars(logs)[figure]] == [trainer["max_steps"]]  # Lightning counts updates from 0
 
 
+def test_the_recipe_of_summaries_runs_on_local_files_of_the_same_columns(p3o, monkeypatch):
+    stand_ins(p3o.folder, monkeypatch)
+    posts = [f"SUBREDDIT: r/tea\nTITLE: Number {number}\nPOST: I have {number} cups.\nTL;DR:" for number in range(48)]
+    files = {
+        "summaries": [{"prompt": post, "completion": " Many cups."} for post in posts],
+        "comparisons": [{"prompt": post, "chosen": " Many cups.", "rejected": " Tea."} for post in posts],
+    }
+    for name, rows in files.items():
+        (p3o.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for stage, name in (("sft", "summaries"), ("reward", "comparisons"), ("policy", "summaries")):
+        short = ["--trainer.max_steps", 2, "--trainer.accelerator", "cpu", "--data.val_path", "null", "--data.val_fraction", 0.25]
+        if stage == "policy":
+            short += ["--model.max_completion_length", 4]
+        run = p3o("fit", "--config", f"configs/tldr/{stage}.yaml", "--data.path", f"{name}.jsonl", *short)
+        assert run.code == 0, (stage, run)
+        assert "48 rows, 48 usable" in run.err, run
+
+
 @pytest.mark.parametrize("stage", CLASSES)
 def test_a_debug_recipe_runs_to_its_end(p3o, stage, monkeypatch):
     """The export gives the outputs of the checkpoint's model; the policy saves after every rollout."""

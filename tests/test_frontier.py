@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from frontier_plans import SMALL, plan_file
@@ -38,6 +41,22 @@ def test_bad_arguments_take_one_line(p3o, arguments, said):
 
 def test_a_config_of_another_stage_is_refused(p3o):
     assert "RewardModel" in p3o("frontier", plan_file(p3o.folder, config="configs/debug/reward.yaml")).error
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_of_runs_is_shown_on_a_terminal(here, monkeypatch, capsys, terminal):
+    tasks = [SimpleNamespace(folder=f"task-{seed}") for seed in range(2)]
+    runs = [SimpleNamespace(folder=f"run-{number}", task_folder="task-0") for number in range(5)]
+    monkeypatch.setattr(frontier, "is_done", lambda job: job.folder in ("task-0", "task-1", "run-0", "run-1"))
+    monkeypatch.setattr(frontier, "work", lambda job: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert frontier.run_all(tasks, runs, 2) == {}
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    if not terminal:
+        assert shown == ""
+        return
+    last = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("runs")][-1]
+    assert "tasks" in shown and "2/2" in shown and "2/5" in shown and "5/5" in last
 
 
 def test_the_whole_command(here):

@@ -25,6 +25,9 @@ def odd_jobs(job: tuple[str, str]) -> None:
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     Path(path).write_text(str(os.getpid()))
+    if kind == "meet":  # the other job of the folder, which has to run at the same time for that
+        while len(list(Path(path).parent.iterdir())) < 2:
+            time.sleep(0.01)
     if kind == "stay":
         time.sleep(120)
 
@@ -37,6 +40,12 @@ def test_a_job_that_fails_or_dies_takes_no_other_along(tmp_path):
     assert "-9" in str(ended[jobs[2]])
     assert ended[jobs[3]] == "model.x is 1"
     assert int((tmp_path / "a").read_text()) != os.getpid()
+
+
+def test_two_workers_work_at_the_same_time(tmp_path):
+    ended = dict(run_jobs(odd_jobs, [("meet", str(tmp_path / name)) for name in "ab"], 2))
+    assert list(ended.values()) == [None, None]
+    assert len({(tmp_path / name).read_text() for name in "ab"}) == 2, "in processes of their own"
 
 
 def test_a_consumer_that_stops_early_leaves_no_worker(tmp_path):
