@@ -90,18 +90,17 @@ bench-quick: setup .venv-trl/.set-up  ## ours against TRL's RLOOTrainer on equal
 	$(BIN)/python benchmarks/quick.py
 
 # Of benchmarks/study; runs are shared between plans, finished ones are not made again.
-STUDY := methods invariance epochs responses kl_source clipping weights
+STUDY := methods invariance scaling epochs responses kl_source clipping weights
 PLANS := $(STUDY:%=benchmarks/study/%.yaml)
 
 study: setup  ## the whole study of docs/study.md, about an hour of one core: figures, CSVs, tables
 	$(BIN)/p3o frontier benchmarks/study/tuning.yaml $(PLANS) --out runs/study
 	for plan in tuning $(STUDY); do mkdir -p benchmarks/results/study/$$plan; \
 	  cp runs/study/$$plan/{rows,wins,statistics}.csv benchmarks/results/study/$$plan/; done
-	cp runs/study/methods/frontier.png docs/figures/frontier.png
-	for plan in $(filter-out methods,$(STUDY)); do cp runs/study/$$plan/areas.png docs/figures/$$plan-areas.png; done
 	$(BIN)/python benchmarks/study_tables.py
+	$(BIN)/python benchmarks/study_figures.py
 
-study-quick: setup  ## a small version of every figure of the study, two seeds, some minutes: runs/study-quick
+study-quick: setup  ## a small version of the figures of (a) to (f) of the study, two seeds, six minutes: runs/study-quick
 	$(BIN)/p3o frontier $(PLANS) --out runs/study-quick --seeds 0 1 --rollouts 4
 
 # Needs `make smollm2` and P3O_DATA, the folder that holds hh-rlhf/.

@@ -18,12 +18,13 @@ PEER = HERE.parent / ".venv-trl/bin/python"
 class Side:
     """A process that does one iteration when told; it starts when first asked, and again after `stop`."""
 
-    def __init__(self, name: str, command: list[str], log: Path, threads: int) -> None:
+    def __init__(self, name: str, command: list[str], log: Path, threads: int, gpu: bool = False) -> None:
         self.name, self.command, self.log = name, command, log
         self.about: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
         quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        self._environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
+        first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if gpu else {}  # TRL would take all
+        self._environment = {**os.environ, **quiet, **first, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
 
     @property
     def running(self) -> bool:
@@ -67,7 +68,7 @@ class Side:
 def ours(case: Case, folder: Path, threads: int, compiled: bool = False) -> Side:
     """p3o_lightning, or with its layers compiled."""
     command = [sys.executable, "ours.py", str(folder), json.dumps(case.to_json()), *(["compiled"] if compiled else [])]
-    return Side("p3o_lightning" + " compiled" * compiled, command, folder / f"ours{'-compiled' * compiled}.log", threads)
+    return Side("p3o_lightning" + " compiled" * compiled, command, folder / f"ours{'-compiled' * compiled}.log", threads, case.gpu)
 
 
 def trl(case: Case, folder: Path, threads: int, micro_batch: int) -> Side:
@@ -75,4 +76,4 @@ def trl(case: Case, folder: Path, threads: int, micro_batch: int) -> Side:
     if not PEER.exists():
         raise SystemExit(f"{PEER} is not there: make .venv-trl/.set-up")
     command = [str(PEER), "trl_side.py", str(folder), json.dumps(case.to_json()), str(micro_batch)]
-    return Side(f"TRL, micro-batch {micro_batch or 'as it comes'}", command, folder / f"trl{micro_batch}.log", threads)
+    return Side(f"TRL, micro-batch {micro_batch or 'as it comes'}", command, folder / f"trl{micro_batch}.log", threads, case.gpu)

@@ -10,6 +10,12 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
+
+from study_figures import rows_of
+
+from p3o_lightning.commands.frontier_plan import read_plan
+from p3o_lightning.commands.frontier_points import Points, at_budget, gain_area
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "study.md", ROOT / "benchmarks" / "results" / "study"
@@ -39,9 +45,6 @@ BOTH = [  # plan, variant, what the first run called it, what is compared
     ("kl_source", "0.02, rollout", "rollout", "P3O V2, KL of the policy that sampled"),
 ]
 P_VALUES = {"p": "p_student", "holm": "p_holm", "flip": "p_sign_flip"}
-
-
-BOTH_RUNS = re.compile(r"<!-- both runs -->\n((?:\|.*\n)+)")
 
 
 def statistics(plan: str) -> dict[tuple[str, str, bool], dict[str, str]]:
@@ -81,6 +84,38 @@ def both_runs() -> str:
     return "<!-- both runs -->\n" + "".join(f"{line}\n" for line in lines)
 
 
+def seed_by_seed() -> str:
+    """Of (g): what each seed gave."""
+    plan = read_plan("benchmarks/study/smollm2_gold.yaml")
+    points = Points(rows_of("smollm2_gold"), plan)
+    names = [variant.name for variant in plan.variants]
+    lines = ["| seed |" + "".join(f" {name}, area | {name}, gain at 2 nats |" for name in names), "|---|" + "---|---|" * len(names)]
+    for seed in plan.seeds:
+        told = ""
+        for name in names:
+            of_seed = points.by[name][seed]
+            told += f" {gain_area(of_seed, 'learned', 2.0):.3f} | {at_budget(of_seed, 'learned', 2.0, gain=True):.3f} |"
+        lines.append(f"| {seed} |{told}")
+    return "<!-- seed by seed -->\n" + "".join(f"{line}\n" for line in lines)
+
+
+def ends() -> str:
+    """Of (g): where each run ended."""
+    lines = [
+        "| | learning rate | seed | nats | learned gain | gold gain | tokens | distinct bigrams |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of("smollm2_gold"):
+        runs.setdefault(row["run"], []).append(row)
+    for rows in runs.values():
+        first, *_, last = sorted(rows, key=lambda row: row["updates"])
+        told = [last["kl"], *(last[name] - first[name] for name in ("learned", "gold")), last["length"], last["distinct_2"]]
+        figures = " | ".join(f"{value:.{digits}f}" for value, digits in zip(told, (1, 2, 2, 1, 2), strict=True))
+        lines.append(f"| {last['variant']} | {last['model.lr']:g} | {last['seed']:.0f} | {figures} |")
+    return "<!-- ends -->\n" + "".join(f"{line}\n" for line in lines)
+
+
 def filled(match: re.Match[str]) -> str:
     """The table with its rows made anew; its heading stays."""
     plan, items, table = match.groups()
@@ -91,6 +126,12 @@ def filled(match: re.Match[str]) -> str:
     return f"<!-- {plan}: {items} -->\n{head}" + "".join(f"| {' | '.join(line)} |\n" for line in body)
 
 
+OTHERS = {"both runs": both_runs, "seed by seed": seed_by_seed, "ends": ends}  # name of a table -> what makes it
+
 if __name__ == "__main__":
     text = TABLE.sub(filled, DOCUMENT.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(BOTH_RUNS.sub(both_runs(), text), encoding="utf-8")
+    for name, make in OTHERS.items():
+        found = re.search(rf"<!-- {name} -->\n(?:\|.*\n)+", text)
+        assert found, name
+        text = text.replace(found.group(), make())
+    DOCUMENT.write_text(text, encoding="utf-8")

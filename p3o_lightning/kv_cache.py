@@ -19,7 +19,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.width = capacity, 0, capacity
         self._column: Tensor | None = None
         self._buffers: list[Tensor] = []  # keys and values: row, head, column, channel
 
@@ -34,7 +34,8 @@ class RoomyLayer(DynamicLayer):
         if self._column is not None:
             for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
                 buffer.index_copy_(2, self._column, states.to(buffer.dtype))
-            return self._buffers[0], self._buffers[1]
+            keys, values = (buffer[:, :, : self.width] for buffer in self._buffers)
+            return keys, values
         end = self.length + key_states.shape[-2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
@@ -42,7 +43,7 @@ class RoomyLayer(DynamicLayer):
         return self._show()
 
     def fix(self, column: Int[Tensor, " 1"]) -> None:
-        """From now on `update` writes one column, the one that `column` says at that time, and gives all columns, filled or not."""
+        """From now on `update` writes one column, the one that `column` says at that time, and gives the first `width`, filled or not."""
         self._column = column
         for buffer in self._buffers:
             buffer[:, :, self.length :] = 0  # what a mask leaves out is weighed with 0, and 0 times NaN is NaN

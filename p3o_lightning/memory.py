@@ -7,7 +7,8 @@ Units:   bytes, on one process. Host means the memory of the CPU, which on a CPU
 
 Activations are those of a Llama block without gradient checkpointing, listed by what autograd keeps (tests/test_memory.py counts it), with
 a copy of the prompt for each response: more than there are where the prompt is read once for its responses (packing.py).
-Not counted: the CUDA context and NCCL (1 to 2 GiB a GPU), fragmentation, data loaders, Python itself.
+Not counted: the CUDA context and NCCL (1 to 2 GiB a GPU), what a recorded decoding step computes on the way, fragmentation, data loaders,
+Python itself.
 """
 
 from __future__ import annotations

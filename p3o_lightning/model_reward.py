@@ -49,14 +49,14 @@ class ModelReward:
         device, count = next(self.network.parameters()).device, responses.tokens.shape[1]
         longest = [max(map(len, rows[start : start + count])) for start in range(0, len(rows), count)]
         order = sorted(range(len(longest)), key=longest.__getitem__)  # neighbours of like length: little padding
-        batch_rows = self.batch_rows if device.type == "cpu" else self.batch_tokens // max(longest)
-        size = max(1, batch_rows // count)  # prompts
-        chunks = []
+        chunks, start = [], 0
         with eval_mode(self.network), cast_once(self.network):
-            for start in range(0, len(order), size):
+            while start < len(order):
+                size = self._prompts_at_once([longest[i] for i in order[start:]], count, device.type)
                 texts = [row for i in order[start : start + size] for row in rows[i * count : (i + 1) * count]]
                 tokens, mask = pad_right(texts, self.tokenizer.pad_token_id)
                 chunks.append(grouped_scores(self.network, tokens.to(device), mask.to(device), count).cpu().view(-1, count))
+                start += size
         scores = torch.cat(chunks)
         if not bool(scores.isfinite().all()):
             warnings.warn(  # an error here would stop one rank alone
@@ -65,6 +65,13 @@ class ModelReward:
                 stacklevel=2,
             )
         return scores[torch.tensor(order).argsort()]
+
+    def _prompts_at_once(self, longest: list[int], count: int, kind: str) -> int:
+        """How many of the prompts, from short to long, are scored in one forward with all their responses."""
+        if kind == "cpu":
+            return max(1, self.batch_rows // count)
+        fitting = (size for size, tokens in enumerate(longest, 1) if size * count * tokens <= self.batch_tokens)
+        return max(fitting, default=1)
 
     def _token_rows(self, responses: Responses) -> list[list[int]]:
         rows = []

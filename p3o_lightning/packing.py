@@ -167,7 +167,7 @@ def packed_attention(
     if packing is None:
         plain = not dropout and not any(options.get(name) is not None for name in TERMS)
         grouped = query.is_cuda and query.shape[2] == 1 and key.shape[1] < query.shape[1]
-        if plain and grouped and attention_mask is not None:
+        if plain and grouped and attention_mask is not None and attention_mask.shape[1] == 1:
             return attend_by_groups(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     if any(options.get(name) is not None for name in TERMS):
@@ -184,7 +184,7 @@ def attend_by_groups(
 ) -> Float[Tensor, "row 1 head channel"]:
     """Attention of one new token where heads share keys and values by groups: the heads of a group are its queries.
 
-    transformers repeats the whole cache for every head instead, at every step.
+    transformers before 5.23 repeats the whole cache for every head instead, at every step.
     """
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
     seen = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)

@@ -33,6 +33,7 @@ def graphed(monkeypatch, only=allows):
     monkeypatch.setattr(generation, "can_be_graphed", lambda model, *_: only(model))
     monkeypatch.setattr(cuda_graphs, "STEPS", 2)
     monkeypatch.setattr(cuda_graphs, "ROWS", 2)
+    monkeypatch.setattr(cuda_graphs, "COLUMNS", 16)
     monkeypatch.setattr(Graphed, "read", lambda self, drawn: rows.append(len(drawn)) or read(self, drawn))
     return rows
 
@@ -62,6 +63,7 @@ def test_a_step_leaves_everything_where_it_was(monkeypatch):
     """What a recording writes and reads has to be there when it is replayed."""
     model, places = causal("llama"), set()
     graphed(monkeypatch)
+    monkeypatch.setattr(cuda_graphs, "COLUMNS", 64)
     step = Graphed._step
 
     def watched(self):
@@ -75,6 +77,16 @@ def test_a_step_leaves_everything_where_it_was(monkeypatch):
     monkeypatch.setattr(Graphed, "worth", lambda self, left, rows, steps: rows)
     sampled(model)
     assert len(places) == 1
+
+
+def test_attention_reads_no_more_than_the_block_of_columns_that_is_being_filled(monkeypatch):
+    model, widths = causal("llama"), []
+    graphed(monkeypatch)
+    step = Graphed._step
+    monkeypatch.setattr(Graphed, "_step", lambda self: widths.append((self._filled, self._seen.shape[-1])) or step(self))
+    sampled(model)
+    assert all(width == min(-(-filled // 16) * 16, 7 + 49) for filled, width in widths)
+    assert {width for _, width in widths} == {16, 32, 48, 56}
 
 
 def test_a_cpu_records_nothing():
@@ -98,17 +110,22 @@ def test_heads_of_a_group_as_queries_are_the_heads_repeated(scaling):
 
 # ---- recording, with something that stands in for a graph
 
+BROKEN = "operation failed due to a previous error during capture"
+
 
 class Graph:
-    """Tells whose memory it was given."""
+    """Tells whose memory it was given. What breaks off is told by the end of the recording, as by CUDA."""
 
     begun: ClassVar[list] = []
+    broken = False
 
     def capture_begin(self, pool, capture_error_mode):
+        assert not torch.is_inference_mode_enabled()
         self.begun.append((self, pool))
 
     def capture_end(self):
-        pass
+        if self.broken:
+            raise RuntimeError(BROKEN)
 
     def pool(self):
         return self
@@ -119,8 +136,11 @@ def fake(monkeypatch):
     """A GPU that computes nothing; what began to be recorded, and into whose memory."""
     stream = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
     for name, value in {
-        "current_device": lambda: 0,
         "current_stream": lambda: None,
+        "device": lambda _: nullcontext(),
+        "empty_cache": lambda: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
         "Stream": lambda: stream,
         "stream": lambda _: nullcontext(),
         "CUDAGraph": Graph,
@@ -135,40 +155,70 @@ def decoder(model):
     _, tokens, mask = left_padded([3, 5])
     cache = new_cache(model, tokens.shape[1] + 9)
     generation.last_logits(model, tokens, mask.long(), generation.positions_of(mask), cache)
-    return Graphed(model, cache, mask, 9)
+    made = Graphed(model, cache, mask, 9)
+    made._widen()
+    return made
 
 
-@torch.no_grad()
+def first_step(made, drawn):
+    made._records = True
+    made._tokens.copy_(drawn.unsqueeze(1))
+    return made._step_and_record()
+
+
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_a_recording_takes_over_the_memory_of_the_last(fake):
+@pytest.mark.parametrize("validating", [True, False])
+def test_a_recording_takes_over_the_memory_of_the_last(fake, validating):
     """Else every rollout would leave its own behind, until none is left."""
     model = causal("llama")
-    for _ in range(3):
-        decoder(model)._step_and_record()
+    with torch.inference_mode(validating), torch.no_grad():
+        for _ in range(3):
+            first_step(decoder(model), torch.tensor([4, 7]))
     graphs, pools = zip(*fake, strict=True)
     assert pools == (None, graphs[0], graphs[1]) and len(set(graphs)) == 3
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_what_cannot_be_recorded_goes_on_as_written(fake, monkeypatch, caplog):
-    model = causal("llama")
-    expected, steps = decoder(model), decoder(model)
-    step = Graphed._step
+@pytest.mark.parametrize("when", ["before", "while it records"])
+def test_what_cannot_be_recorded_goes_on_as_written(fake, monkeypatch, caplog, when):
+    """A forward that waits for the GPU is found out before; what was done of its step by then is done again."""
+    model, modes, waits = causal("llama"), [0], "called a synchronizing CUDA operation"
+    expected = decoder(model)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(Graph, "broken", when != "before")
+    last_logits = cuda_graphs.last_logits
 
-    def refuse(self):
-        if fake:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return step(self)
+    def waiting(*given):
+        logits = last_logits(*given)
+        if (modes[-1] == "error") if when == "before" else fake:
+            raise RuntimeError(waits + "\nmore")
+        return logits
 
-    monkeypatch.setattr(Graphed, "_step", refuse)
-    drawn = torch.tensor([4, 7])
-    steps._tokens.copy_(drawn.unsqueeze(1))
+    monkeypatch.setattr(cuda_graphs, "last_logits", waiting)
+    made, drawn = decoder(model), torch.tensor([4, 7])
     with caplog.at_level("INFO"):
-        got = [steps._step_and_record()]
-    monkeypatch.setattr(Graphed, "_step", step)
-    got.append(steps.read(drawn))
+        got = [first_step(made, drawn)]
+    fake.clear()
+    got.append(made.read(drawn))
+    monkeypatch.setattr(cuda_graphs, "last_logits", last_logits)
     for logits in got:
         assert torch.equal(logits, expected.read(drawn))
-    assert "LlamaForCausalLM: sampling runs as written, a step cannot be recorded (operation not permitted when" in caplog.text
-    assert model in cuda_graphs._REFUSED and not cuda_graphs._LAST
+    assert f"LlamaForCausalLM: sampling runs as written, a step cannot be recorded ({waits})." in caplog.text
+    assert model in cuda_graphs._REFUSED and not cuda_graphs._LAST and modes[-1] == 0
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_recording_that_runs_out_of_memory_is_tried_again_in_the_next_rollout(fake, monkeypatch):
+    model, step = causal("llama"), Graphed._step
+
+    def full(self):
+        if fake:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self)
+
+    monkeypatch.setattr(Graphed, "_step", full)
+    made = decoder(model)
+    first_step(made, torch.tensor([4, 7]))
+    assert not made._records and made._graph is None and model not in cuda_graphs._REFUSED and not cuda_graphs._LAST

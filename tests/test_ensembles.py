@@ -107,14 +107,19 @@ def test_beside_another_source_it_has_one_weight(tmp_path):
     assert [source.name for source in module.rewards.sources] == ["ensemble", "share_of_a_2"]
 
 
-def test_from_reward_models_trained_apart_to_a_policy_by_one_yaml(p3o, tmp_path):
-    """Two members on two seeds, then the policy on their minimum; the run resumes, and the config is a config."""
+@pytest.mark.parametrize("apart_by", ["seeds", "splits"])
+def test_from_reward_models_trained_apart_to_a_policy_by_one_yaml(p3o, tmp_path, apart_by):
+    """Two members, then the policy on their minimum; the run resumes, and the config is a config."""
     data = preferences(tmp_path, 32)
     letters().save_pretrained(tmp_path / "tokenizer")
     for seed in (1, 2):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed if apart_by == "seeds" else 0)
         module = RewardModel(LLAMA, tokenizer=str(tmp_path / "tokenizer"), lr=1e-2, center_coef=0.01)
-        rows = PreferenceDataModule(str(data), batch_size=8, val_fraction=0, seed=seed)
+        part = data
+        if apart_by == "splits":
+            part = tmp_path / f"part-{seed}.jsonl"
+            part.write_text("".join(data.read_text().splitlines(keepends=True)[seed - 1 :: 2]))
+        rows = PreferenceDataModule(str(part), batch_size=8, val_fraction=0, seed=seed)
         trainer(tmp_path, max_steps=10).fit(module, rows)
         module.export(tmp_path / f"reward-{seed}" / "export")
     (tmp_path / "run.yaml").write_text(

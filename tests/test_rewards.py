@@ -386,6 +386,21 @@ def test_scores_do_not_depend_on_the_rows_of_a_batch(trained, rows, monkeypatch)
     assert expected.flatten().unique().numel() == 6
 
 
+@pytest.mark.parametrize("longest", [[1], [5, 5, 6], [3, 3, 3, 40, 200], [900, 1000]])
+def test_a_gpu_is_given_as_many_tokens_as_are_allowed_and_a_prompt_at_least(trained, longest, monkeypatch):
+    """Padded to the longest of those that are read together; one long text leaves the short ones their batches."""
+    source, start, sizes = source_of(trained), 0, []
+    monkeypatch.setattr(source, "batch_tokens", 64)
+    while start < len(longest):
+        sizes.append(source._prompts_at_once(longest[start:], 4, "cuda"))
+        start += sizes[-1]
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    for size, end in zip(sizes, ends, strict=True):
+        assert size == 1 or size * 4 * longest[end - 1] <= 64
+        assert end == len(longest) or (size + 1) * 4 * longest[end] > 64, "one more would not have fitted"
+    assert ends[-1] == len(longest)
+
+
 def test_dtype_is_that_of_the_files_loaded_and_scores_are_float32(trained, tmp_path):
     folder = trained.export(tmp_path / "export")
     half = source_of(folder, dtype="bfloat16")

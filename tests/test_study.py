@@ -7,12 +7,14 @@ import gzip
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
 
 from p3o_lightning.commands.frontier_plan import read_plan
 from p3o_lightning.commands.frontier_points import Points, compute_statistics
@@ -20,6 +22,7 @@ from p3o_lightning.commands.frontier_points import Points, compute_statistics
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
 import hh_parts  # noqa: E402
+import study_figures  # noqa: E402
 import study_tables  # noqa: E402
 
 PLANS = sorted(path for path in (ROOT / "benchmarks/study").glob("*.yaml") if path.stem != "common")
@@ -240,6 +243,77 @@ def test_both_runs_stand_beside_each_other():
             (row,) = [row for row in rows_of(path) if (row["variant"], row["quantity"]) == (name, "area_learned") and row.get("against")]
             numbers = [float(number) for number in re.findall(r"[-+]\d+\.\d+", text)]
             assert numbers == pytest.approx([row["mean"], row["low"], row["high"]], abs=5.1e-4), line
+
+
+def table_of(name: str) -> list[list[str]]:
+    """The cells of a table that is no plan's, row by row."""
+    table = re.search(rf"<!-- {name} -->\n(?:\|.*\n){{2}}((?:\|.*\n)+)", TEXT)
+    assert table, name
+    return [[text.strip() for text in line.strip("|").split("|")] for line in table.group(1).splitlines()]
+
+
+def test_what_each_seed_gave_on_the_real_model():
+    """Without the project's own code: heights of the best of all mixtures, and their mean over a fine grid of budgets."""
+    by_seed = dict[Any, list[Evaluation]]()
+    for row in rows_of(ROOT / "benchmarks/results/study/smollm2_gold/rows.csv"):
+        by_seed.setdefault((row["variant"], row["seed"]), []).append(row)
+    rows = table_of("seed by seed")
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    for seed, *told in rows:
+        expected = []
+        for variant in ("P3O V2", "PPO"):
+            points = by_seed[variant, float(seed)]
+            (start,) = {point["learned"] for point in points if point["updates"] == 0}
+            gains = [sum(share * point["learned"] for share, point in best_mixture(points, 2 * step / 200)) - start for step in range(201)]
+            expected += [(sum(gains) - (gains[0] + gains[-1]) / 2) / 200, gains[-1]]
+        assert [float(text) for text in told] == pytest.approx(expected, abs=1.5e-3), seed
+    assert all(float(row[3]) > float(row[1]) for row in rows) and "at every one of three seeds" in TEXT
+
+
+def test_where_the_runs_on_the_real_model_ended():
+    runs = dict[str, list[Evaluation]]()
+    for row in rows_of(ROOT / "benchmarks/results/study/smollm2_gold/rows.csv"):
+        runs.setdefault(row["run"], []).append(row)
+    told = {(variant, float(lr), float(seed)): [float(text) for text in rest] for variant, lr, seed, *rest in table_of("ends")}
+    assert len(told) == len(runs) == 12
+    lengths: dict[float, list[float]] = {1e-4: [], 4e-4: []}
+    for rows in runs.values():
+        first, last = (pick(rows, key=lambda row: row["updates"]) for pick in (min, max))
+        key = (last["variant"], last["model.lr"], last["seed"])
+        expected = [last["kl"], last["learned"] - first["learned"], last["gold"] - first["gold"], last["length"], last["distinct_2"]]
+        units = (0.1, 0.01, 0.01, 0.1, 0.01)
+        assert told[key] == [pytest.approx(value, abs=unit / 2 + 1e-6) for value, unit in zip(expected, units, strict=True)]
+        assert 20 < first["length"] < 21.5 and 0.875 < first["distinct_2"] < 0.925
+        if key[::2] != ("P3O V2", 0):
+            lengths[last["model.lr"]].append(last["length"])
+    assert {lr: (round(min(found)), round(max(found))) for lr, found in lengths.items()} == {1e-4: (9, 19), 4e-4: (3, 8)}
+    assert "9 to 19 at the smaller\nlearning rate and to 3 to 8 at the larger one" in TEXT
+    assert f"up to {max(row[0] for row in told.values())} nats away" in TEXT
+
+
+@pytest.mark.skipif("P3O_DATA" not in os.environ, reason="P3O_DATA is not set")
+def test_the_parts_are_as_large_as_is_told(tmp_path):
+    hh_parts.main(f"{os.environ['P3O_DATA']}/hh-rlhf/harmless-base-test.jsonl.gz", str(tmp_path))
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
+    counts = {name: len(found) for name, found in rows.items()}
+    for number in (
+        f"{sum(counts.values()):,} comparisons",
+        f"{counts['reward']} for",
+        f"{counts['gold']} for",
+        f"{counts['held_out']} held out",
+    ):
+        assert number in TEXT
+
+
+def test_the_figures_are_those_of_the_csvs(tmp_path, monkeypatch):
+    """Pixel by pixel, but for what another version of matplotlib draws differently."""
+    monkeypatch.chdir(ROOT)
+    drawn = study_figures.draw(tmp_path)
+    shown = set(re.findall(r"!\[[^\]]*\]\(figures/([\w-]+\.png)\)", TEXT))
+    assert set(drawn) == shown == {path.name for path in (ROOT / "docs/figures").glob("*.png")}
+    for name in drawn:
+        one, other = (pyplot.imread(folder / name) for folder in (tmp_path, ROOT / "docs/figures"))
+        assert one.shape == other.shape and abs(one - other).mean() < 1e-3, name
 
 
 def test_the_parts_of_hh_rlhf_share_no_prompt(tmp_path):

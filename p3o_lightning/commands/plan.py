@@ -92,7 +92,7 @@ class Plan:
         rewards = [network for source in sources if (network := self._reward(source, model)) is not None]
         if critic:
             model = memory.with_critic(model, self.rounded or 4)
-        rows = max(ModelReward.batch_rows, ModelReward.batch_tokens // work.tokens)
+        rows = ModelReward.batch_rows if work.cpu else max(1, ModelReward.batch_tokens // work.tokens)
         estimate = memory.policy(model, work, reference=reference, rewards=rewards, reward_rows=rows, served=served)
         return model, work, estimate
 
