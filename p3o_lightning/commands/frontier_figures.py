@@ -80,7 +80,8 @@ def draw_areas(plan: Plan, points: Points, statistics: list[Statistic], folder: 
             if any(isinstance(tick, str) for tick in ticks):
                 style["linestyle"] = "none"  # a line from one word to the next would mean nothing
             axis.errorbar(x, mean, None if np.isnan(errors).any() else errors, capsize=2, linewidth=1.4, label=name, **style)
-        axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks], rotation=30 if len(ticks) > 5 else 0)
+        labels = [str(tick) for tick in ticks]
+        axis.set_xticks(range(len(ticks)), labels, rotation=30 if len(ticks) > 5 or len("".join(labels)) > 36 else 0)
         axis.set_xlabel(plan.x_label or "")
         axis.set_title(NAMES[reward], fontsize=10)
         axis.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
