@@ -128,6 +128,47 @@ def test_a_recorded_step_is_what_scoring_says_in_half_precision(how, monkeypatch
     assert float((logps - expected).mean().abs()) < 2e-3
 
 
+def rollouts(model, lengths, new=40):
+    for length in lengths:
+        _, tokens, mask = left_padded([length, 3])
+        sample_with_logps(model, tokens.cuda(), mask.cuda(), Sampling(4, new), eos_token_id=EOS, pad_token_id=PAD, seed=length)
+
+
+def test_rollouts_after_a_validation_are_recorded_too(monkeypatch):
+    """Lightning validates in inference mode, where the first recording of a process may be made."""
+    model, counts = causal("llama", max_position_embeddings=512).cuda(), watched(monkeypatch)
+    with torch.inference_mode():
+        rollouts(model, [5])
+    seen = counts["replayed"]
+    rollouts(model, [5])
+    assert counts["replayed"] == 2 * seen > 0 and model not in cuda_graphs._REFUSED
+
+
+def test_more_rollouts_reserve_no_more_memory(monkeypatch):
+    model, counts = causal("llama", max_position_embeddings=1024).cuda(), watched(monkeypatch)
+    rollouts(model, [7, 200, 30], new=300)  # over two blocks of columns
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    rollouts(model, [7, 200, 30, 100, 50] * 4, new=300)
+    assert counts["replayed"] > 500 and torch.cuda.memory_reserved() <= before + 2**22
+
+
+def test_a_model_that_waits_for_the_gpu_is_read_as_written_and_leaves_it_sound(monkeypatch):
+    model, counts = causal("llama").cuda(), watched(monkeypatch)
+    _, tokens, mask = left_padded([3, 7])
+    options = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 5}
+    expected = sample_with_logps(model, tokens.cuda(), mask.cuda(), Sampling(3, 40), **options)
+    assert counts["replayed"] > 0
+    forward = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda hidden: forward(hidden) * float(hidden.abs().amax().item() >= 0)
+    counts["replayed"] = 0
+    drawn = sample_with_logps(model, tokens.cuda(), mask.cuda(), Sampling(3, 40), **options)
+    assert counts["replayed"] == 0 and model in cuda_graphs._REFUSED
+    assert torch.equal(drawn[0], expected[0])
+    assert torch.rand(3, device="cuda").isfinite().all()
+    torch.cuda.empty_cache()
+
+
 def test_they_are_so_under_deterministic_algorithms(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model, sampling = causal("llama").double().cuda(), Sampling(3, 12, 1.3, top_p=0.9)
