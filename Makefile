@@ -102,6 +102,7 @@ study: setup  ## the whole study of docs/study.md, about an hour of one core: fi
 
 study-quick: setup  ## a small version of the figures of (a) to (f) of the study, two seeds, six minutes: runs/study-quick
 	$(BIN)/p3o frontier $(PLANS) --out runs/study-quick --seeds 0 1 --rollouts 4
+	$(BIN)/python benchmarks/study_figures.py runs/study-quick
 
 # Needs `make smollm2` and P3O_DATA, the folder that holds hh-rlhf/.
 HH := runs/smollm2-hh

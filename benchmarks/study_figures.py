@@ -1,4 +1,7 @@
-"""Draw the figures of docs/study.md from benchmarks/results/study: `python benchmarks/study_figures.py [FOLDER]`."""
+"""Draw the figures of docs/study.md from benchmarks/results/study: `python benchmarks/study_figures.py`.
+
+`python benchmarks/study_figures.py RUNS` draws, into the folder of `p3o frontier --out RUNS`, the one figure that it does not draw itself.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ AREAS = ("epochs", "invariance", "scaling", "clipping", "weights", "responses", 
 WORDS = ("variant", "run", "left_out")  # columns that are no numbers
 
 
-def rows_of(plan: str) -> list[dict[str, Any]]:
+def rows_of(plan: str, results: Path = RESULTS) -> list[dict[str, Any]]:
     """The evaluations of a plan's runs."""
-    with (RESULTS / plan / "rows.csv").open(encoding="utf-8") as file:
+    with (results / plan / "rows.csv").open(encoding="utf-8") as file:
         return [
             {name: text if name in WORDS else float(text) for name, text in row.items() if text and name is not None}
             for row in csv.DictReader(file)
@@ -47,29 +50,29 @@ def draw(folder: Path) -> list[str]:
     return [*drawn, draw_path(folder)]
 
 
-def draw_path(folder: Path, epochs: int = 8) -> str:
+def draw_path(folder: Path, results: Path = RESULTS, epochs: int = 8) -> str:
     """Means over seeds of both rewards' gains and of the KL, evaluation by evaluation, to the end of the runs of (b)."""
     panels = {"learned": NAMES["learned"], "gold": NAMES["gold"], "kl": "KL to the reference"}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6))
     for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for place, method in enumerate(("P3O V1", "P3O V2", "RLOO", "PPO")):
             style = {"color": COLOURS[place], "linestyle": STYLES[place], "marker": "o", "markersize": 3, "linewidth": 1.4}
-            axis.plot(*path_of(f"{method}, {epochs}", name), label=method, **style)
+            axis.plot(*path_of(f"{method}, {epochs}", name, results), label=method, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("responses drawn")
         axis.set_ylabel("nats" if name == "kl" else "gain over the start")
         axis.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
     axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"To the end of the runs, {epochs} epochs a rollout, mean of five seeds", fontsize=11)
+    figure.suptitle(f"To the end of the runs, {epochs} epochs a rollout, mean over seeds", fontsize=11)
     figure.tight_layout()
     figure.savefig(folder / "epochs-path.png", dpi=110)
     pyplot.close(figure)
     return "epochs-path.png"
 
 
-def path_of(variant: str, name: str) -> tuple[list[float], list[float]]:
+def path_of(variant: str, name: str, results: Path) -> tuple[list[float], list[float]]:
     """Responses drawn, and the mean gain of a figure over seeds by then."""
-    rows = [row for row in rows_of("epochs") if row["variant"] == variant]
+    rows = [row for row in rows_of("epochs", results) if row["variant"] == variant]
     start = {row["seed"]: row[name] for row in rows if row["updates"] == 0}
     gains: dict[float, list[float]] = {}
     for row in rows:
@@ -78,5 +81,8 @@ def path_of(variant: str, name: str) -> tuple[list[float], list[float]]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
-    print(f"{target}: {', '.join(draw(target))}")
+    if len(sys.argv) > 1:
+        runs = Path(sys.argv[1])
+        print(runs / "epochs" / draw_path(runs / "epochs", runs))
+    else:
+        print(f"{FIGURES}: {', '.join(draw(FIGURES))}")
