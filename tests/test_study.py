@@ -273,6 +273,12 @@ def test_what_each_seed_gave_on_the_real_model():
     assert all(float(row[3]) > float(row[1]) for row in rows) and "at every one of three seeds" in TEXT
 
 
+def test_how_good_the_reward_models_of_the_real_model_are():
+    learned, gold, rule = rows_of(ROOT / "benchmarks/results/study/smollm2_gold/reward_models.csv")
+    told = [f"{100 * row['value']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}]" for row in (learned, gold)]
+    assert f"{told[0]} and {told[1]}, the rule {100 * rule['value']:.0f} %" in TEXT
+
+
 def test_where_the_runs_on_the_real_model_ended():
     runs = dict[str, list[Evaluation]]()
     for row in rows_of(ROOT / "benchmarks/results/study/smollm2_gold/rows.csv"):
