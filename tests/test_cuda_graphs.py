@@ -1,4 +1,4 @@
-"""The step that a GPU records: on a CPU it runs as written, with the same shapes and places in memory. test_gpu.py has the recording."""
+"""The step that a GPU records, here as written, with the same shapes and places in memory. test_gpu_recording.py has the recording."""
 
 from __future__ import annotations
 
