@@ -1,4 +1,4 @@
-"""Casting weights: for good, buffers left as they are; once for many forwards without gradient; or transposed for decoding on a CPU."""
+"""Casting weights: for good, buffers left as they are; once for many forwards without gradient; or laid out for decoding on a CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from p3o_lightning.compiling import is_compiled
+from p3o_lightning.prepacked import prepacked
 
 Forward = Callable[[Tensor], Tensor]
 
-STEPS = 32  # transposed copies of all weights cost what they save in about half as many tokens
+STEPS = 32  # copies of all weights cost what they save in about half as many tokens
 
 
 @contextmanager
@@ -55,10 +56,11 @@ def cast_once(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def laid_out(model: nn.Module, steps: int) -> Iterator[None]:
-    """As `cast_once`; and in float32 on a CPU linear layers hold transposed copies of their weights meanwhile, with LoRA's adapters added.
+    """As `cast_once`; and in float32 on a CPU linear layers work with copies of their weights that are laid out for it (prepacked.py), with
+    LoRA's adapters added.
 
-    A CPU multiplies the few rows of a decoding step by those in four fifths of the time. The sums are the same ones, added up in another
-    order. In half precision transposing gains nothing, and adding would round adapters away that are small beside the weights.
+    The sums are the same ones, added up in another order. In half precision adding would round adapters away that are small beside the
+    weights.
 
     Args:
         steps: of decoding; only if there are enough of them do the copies pay.
@@ -70,7 +72,7 @@ def laid_out(model: nn.Module, steps: int) -> Iterator[None]:
         return
     merged = {layer: made for layer in model.modules() if (made := _merged(layer)) is not None}
     inner = {part for layer in merged for part in layer.modules()} - merged.keys()
-    plain = {layer: _transposed(layer) for layer in model.modules() if layer not in inner and _is_own(layer, torch.float32)}
+    plain = {layer: _laid_out(layer) for layer in model.modules() if layer not in inner and _is_own(layer, torch.float32)}
     with _replaced(model, {**plain, **merged}.get):
         yield
 
@@ -100,27 +102,18 @@ def _is_own(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 def _cast(layer: Any, kind: str, dtype: torch.dtype) -> Forward:
     weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+    product = prepacked(weight, bias) if kind == "cpu" else lambda hidden: nn.functional.linear(hidden, weight, bias)
 
     def forward(hidden: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(kind):  # it was switched off further in, as by the try-out in scoring.py
             return nn.Linear.forward(layer, hidden)
-        return nn.functional.linear(hidden, weight, bias)
+        return product(hidden.to(dtype))
 
     return forward
 
 
-def _transposed(layer: Any) -> Forward:
-    return _product(layer.weight.t().contiguous(), layer.bias)
-
-
-def _product(weight: Tensor, bias: Tensor | None) -> Forward:
-    """Of rows with a transposed weight."""
-
-    def forward(hidden: Tensor) -> Tensor:
-        made = torch.matmul(hidden, weight)
-        return made if bias is None else made.add_(bias)
-
-    return forward
+def _laid_out(layer: Any) -> Forward:
+    return prepacked(layer.weight, layer.bias)
 
 
 # ---- layers with an adapter
@@ -161,5 +154,5 @@ def _merged(layer: Any) -> Forward | None:
     base, down, up, scale = found
     if down.bias is not None or up.bias is not None:
         return None
-    whole = _product(torch.addmm(base.weight, up.weight, down.weight, alpha=scale).t().contiguous(), base.bias)
+    whole = prepacked(torch.addmm(base.weight, up.weight, down.weight, alpha=scale), base.bias)
     return lambda hidden: type(layer).forward(layer, hidden) if layer.disable_adapters or layer.training else whole(hidden)

@@ -201,14 +201,14 @@ def draw_with_logps(
         ordered, order = logits.sort(-1, descending=True)
         before = _running_sum(ordered.softmax(-1)) - ordered.softmax(-1)  # mass of the tokens ahead of each one
         logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p), -torch.inf)
-    logits = logits - logits.amax(-1, keepdim=True)
-    drawn, total = _first_beyond(logits.exp(), uniforms)
+    top = logits.amax(-1, keepdim=True)
+    drawn, total = _first_beyond(torch.sub(logits, top).exp_(), uniforms)
     if refuse_nonfinite and not bool(total.isfinite().all()):
         raise InputError(
             "model gives logits that are not finite (NaN or infinity), so nothing can be sampled: training has diverged, or numbers "
             "overflow the dtype; lower model.lr, set trainer.gradient_clip_val to 1, or model.dtype to float32."
         )
-    chosen = logits.gather(-1, drawn.unsqueeze(1)).squeeze(1)
+    chosen = (logits.gather(-1, drawn.unsqueeze(1)) - top).squeeze(1)
     return drawn, (chosen - total.log()).float()
 
 
@@ -217,12 +217,13 @@ def _first_beyond(
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """The first token of each row at which the weights up to it exceed the uniform draw's share of their sum; and the sum.
 
-    Added up in float64 (which Apple's GPUs lack), so that over a vocabulary of 100,000 no rounding lets a token in that has no weight;
-    block by block, then within the block where it happens, which is a tenth of the work. Of weights that are not finite: the last token.
+    Blocks are added up in float64 (which Apple's GPUs lack), so that over a vocabulary of 100,000 no rounding lets a token in that has no
+    weight; then the tokens of the block where it happens, which is a tenth of the work. Of weights that are not finite: the last token.
     """
     size, precision = weights.shape[-1], torch.float32 if weights.device.type == "mps" else torch.float64
-    blocks = nn.functional.pad(weights, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
-    until = _running_sum(blocks.sum(-1, dtype=precision))
+    padded = nn.functional.pad(weights, (0, -size % BLOCK)) if size % BLOCK else weights
+    blocks = padded.unflatten(-1, (-1, BLOCK))
+    until = _running_sum(blocks.sum(-1).to(precision))
     total = until[:, -1]
     target = (uniforms.to(precision) * total).unsqueeze(1)
     block = torch.searchsorted(until, target, right=True).clamp(max=until.shape[-1] - 1)

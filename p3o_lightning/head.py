@@ -16,7 +16,7 @@ from p3o_lightning.forwards import unwrapped
 
 CHUNK = 128  # positions whose logits exist at a time: with a vocabulary of 8,192 that is 4 MiB, about what a core's cache holds
 BLOCK = 2**28  # bytes of them elsewhere: a GPU waits for whoever gives it little to do
-KEPT = 2**26  # bytes of softmax numerators that are kept for the backward; above it they are computed again
+KEPT = 2**27  # bytes of softmax numerators that are kept for the backward; above it they are computed again
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:

@@ -241,8 +241,8 @@ def drawing_bytes(model: Model, work: Work, rows: int) -> int:
 
 
 def copied_bytes(model: Model, work: Work) -> int:
-    """The linear layers' weights once more, while responses are sampled: in half precision under autocast; transposed, in float32 on a CPU
-    where there are so many tokens to come that it pays, with adapters added to them.
+    """The linear layers' weights once more, while responses are sampled: in half precision under autocast; in float32 laid out for it, on a
+    CPU where there are so many tokens to come that it pays, with adapters added to them.
     """
     if work.autocast:
         return 2 * model.linear
@@ -414,6 +414,6 @@ def sampling_parts(model: Model, work: Work) -> list[Part]:
         Part("drawing", "logits of a token a row, or a layer of the prompts", drawn, ("sampling",)),
     ]
     if copied := copied_bytes(model, work):
-        formula = "2 x linear weights (autocast)" if work.autocast else "4 x linear weights, transposed (float32 on a CPU)"
+        formula = "2 x linear weights (autocast)" if work.autocast else "4 x linear weights, laid out (float32 on a CPU)"
         parts.append(Part("copied weights", formula, copied, ("sampling",)))
     return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -229,14 +230,16 @@ def test_the_activations_of_pairs_and_of_a_critic_are_what_autograd_keeps(kind, 
 
 def peak(function):
     """The most bytes allocated at once while it runs, and what it returned."""
+    changes, answer = allocations(function)
+    return max(itertools.accumulate(changes, initial=0)), answer
+
+
+def allocations(function):
+    """Bytes taken (or given back) one after the other while it runs, and what it returned."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         answer = function()
     changes = sorted((event.start_ns(), event.nbytes()) for event in run.profiler.kineto_results.events() if event.name() == "[memory]")
-    now = most = 0
-    for _, size in changes:
-        now += size
-        most = max(most, now)
-    return most, answer
+    return [size for _, size in changes], answer
 
 
 def test_the_backward_of_logits_needs_as_many_copies_as_counted():
@@ -279,12 +282,9 @@ def test_weights_copied_to_sample_are_as_large_as_counted(kind, tokens):
     model, sizes = build("wide", tied=True, **options), sizes_of("wide", tied=True, **options)
     work = replace(WORKS["wide"], completion_tokens=tokens, autocast=kind == "autocast", cpu=True)
     half = torch.autocast("cpu", torch.bfloat16) if work.autocast else contextlib.nullcontext()
-
-    def enter():
-        with torch.no_grad(), half, laid_out(model, tokens):
-            pass
-
-    assert memory.copied_bytes(sizes, work) == pytest.approx(peak(enter)[0], rel=0.005)
+    with contextlib.ExitStack() as inside:
+        held = allocations(lambda: [inside.enter_context(each) for each in (torch.no_grad(), half, laid_out(model, tokens))])[0]
+        assert memory.copied_bytes(sizes, work) == pytest.approx(sum(held), rel=0.005)
     copies = work.autocast or (tokens == STEPS and kind != "bfloat16")
     assert (memory.copied_bytes(sizes, work) > 0) == copies
     estimate = memory.policy(sizes, work, reference=None, rewards=[], reward_rows=1)

@@ -72,6 +72,7 @@ LAYERS = [
         "packing",
         "phases",
         "casting",
+        "prepacked",
         "norms",
         "compiling",
         "scoring",
