@@ -71,10 +71,10 @@ test-gpu: setup  ## on a machine with a GPU: that it computes what the CPU does
 	.venv-trl/bin/python -m pip install trl==1.16.0 transformers peft -c requirements.lock
 	touch $@
 
-# make bench CASES="15m reward": the cases whose name matches. BENCH passes more, e.g. BENCH="--rounds 9 --minutes 60".
-bench: setup .venv-trl/.set-up  ## speed and memory against TRL's, every case; hours, goes on where it was stopped
-	$(BIN)/python benchmarks/run.py $(if $(CASES),--cases $(CASES)) $(BENCH)
-	$(BIN)/python benchmarks/run.py --growth --cases overhead
+# make bench CASES="15m reward": the cases whose name matches, no sweeps. BENCH passes more, e.g. BENCH="--rounds 9 --minutes 60".
+bench: setup .venv-trl/.set-up  ## speed and memory against TRL's, every case; a day, goes on where it was stopped
+	for threads in 1 2; do $(BIN)/python benchmarks/run.py $(if $(CASES),--cases $(CASES)) --threads $$threads $(BENCH) || exit; done
+	$(BIN)/python benchmarks/run.py --growth $(if $(CASES),--cases overhead)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/table.py
 

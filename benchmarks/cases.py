@@ -81,9 +81,7 @@ class Case:
 def _table() -> dict[str, Case]:
     """Names say what differs from the first case: size, lengths, dtype, then the rest."""
     pairs = Case(kind="reward", prompts=8, new_tokens=224, updates=4, micro_batch=4, compiled=True, micro_batches=(4, 8))
-    smollm2 = Case(
-        size="smollm2", micro_batch=4, micro_batches=(8,), resident=False
-    )  # 32 rows without checkpointing do not fit beside the others
+    smollm2 = Case(size="smollm2", micro_batch=4, resident=False)
     both = [("float32", "float32"), ("bf16", "bfloat16")]
     cases: dict[str, Case] = {}
     for size, epochs in (("15m", 1), ("1m", 1), ("1m", 4), ("15m", 4)):
@@ -97,8 +95,9 @@ def _table() -> dict[str, Case]:
                     cases[f"reward-15m-{lengths}-{short}"] = replace(pairs, lengths=lengths, dtype=dtype)  # type: ignore[arg-type]
     for short, dtype in both:
         cases[f"smollm2-fixed-{short}-lora"] = replace(smollm2, dtype=dtype, lora=16)  # type: ignore[arg-type]
-    for short, dtype in reversed(both):
-        cases[f"smollm2-fixed-{short}"] = replace(smollm2, dtype=dtype)  # type: ignore[arg-type]
+    for lengths in ("fixed", "uneven"):
+        for short, dtype in reversed(both):
+            cases[f"smollm2-{lengths}-{short}"] = replace(smollm2, lengths=lengths, dtype=dtype)  # type: ignore[arg-type]
     return cases
 
 

@@ -44,11 +44,15 @@ def take_turns(contestants: dict[str, Side], rounds: int, resident: bool) -> dic
     return rows
 
 
-def best(candidates: dict[int, Side]) -> tuple[int, dict[int, float]]:
-    """The micro-batch that is faster in the better of two iterations, and the seconds of each; the others are stopped."""
+def best(candidates: dict[int, Side], resident: bool = True) -> tuple[int, dict[int, float]]:
+    """The micro-batch that is faster in the better of two iterations, and the seconds of each; the others are stopped, or all of them."""
     if len(candidates) == 1:
         return next(iter(candidates)), {}
-    tried = {micro_batch: min(side.iterate()["seconds"] for _ in range(2)) for micro_batch, side in candidates.items()}
+    tried = {}
+    for micro_batch, side in candidates.items():
+        tried[micro_batch] = min(side.iterate()["seconds"] for _ in range(2))
+        if not resident:
+            side.stop()
     winner = min(tried, key=tried.__getitem__)
     for micro_batch, side in candidates.items():
         if micro_batch != winner:
@@ -71,7 +75,7 @@ def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool = F
         tuned = {micro_batch: sides.trl(case, folder, threads, micro_batch) for micro_batch in case.micro_batches}
     try:
         if tuned:
-            micro_batch, tried = best(tuned)
+            micro_batch, tried = best(tuned, case.resident)
             contestants["tuned"] = tuned[micro_batch]
             settings["tuned"] = {"micro_batch": micro_batch, "seconds_tried": tried}
         rows = take_turns(contestants, rounds, case.resident)

@@ -130,10 +130,11 @@ def against_us(results: Results) -> list[str]:
     return found or ["* No case measured here is slower than TRL, or holds more memory than TRL tuned."]
 
 
-def missing(results: Results, cases: dict[str, Case] = CASES) -> list[str]:
-    """The cases of the table that have no result."""
-    names = [f"`{name}`" for name in cases if name not in results]
-    return ["Not measured: " + ", ".join(names) + "."] if names else ["Every case of the table is measured."]
+def missing(results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2)) -> list[str]:
+    """The rows of the table that have no result."""
+    rows = [record.path_of(name, count).stem for name in cases for count in threads]
+    names = [f"`{row}`" for row in rows if row not in results]
+    return ["Not measured: " + ", ".join(names) + "."] if names else ["Every row of the table is measured."]
 
 
 # ---- growth
@@ -307,7 +308,15 @@ def sections(results: Results) -> dict[str, list[str]]:
     results = {name: result for name, result in results.items() if name not in on_gpu}
     return {
         "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *quiet(results), *picture("ratios")],
-        "gpu": [*comparison(on_gpu, gpu=True), "", *missing(on_gpu, GPU), "", *machines(on_gpu), "", *phases(on_gpu, gpu=True)],
+        "gpu": [
+            *comparison(on_gpu, gpu=True),
+            "",
+            *missing(on_gpu, GPU, threads=(1,)),
+            "",
+            *machines(on_gpu),
+            "",
+            *phases(on_gpu, gpu=True),
+        ],
         "goals": goals(results),
         "phases": phases(results),
         "against us": against_us(results | on_gpu),

@@ -40,7 +40,8 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cast_once(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers work with copies of their weights in autocast's dtype: to the bit what it would make of them each time.
+    """Inside, linear layers work with copies of their weights in autocast's dtype: to the bit what it would make of them each time. On a
+    CPU they are laid out beforehand too (prepacked.py says where that is to the bit).
 
     For forwards without gradient, which autocast does not keep the cast weights of if they do not train. Nothing happens without autocast,
     to layers whose weights are split over processes, and to compiled ones, which would compile anew for every copy.
@@ -60,7 +61,7 @@ def laid_out(model: nn.Module, steps: int) -> Iterator[None]:
     LoRA's adapters added.
 
     The sums are the same ones, added up in another order. In half precision adding would round adapters away that are small beside the
-    weights.
+    weights; and a model whose weights are held in it is left as it is, for it was to be small.
 
     Args:
         steps: of decoding; only if there are enough of them do the copies pay.
@@ -72,7 +73,11 @@ def laid_out(model: nn.Module, steps: int) -> Iterator[None]:
         return
     merged = {layer: made for layer in model.modules() if (made := _merged(layer)) is not None}
     inner = {part for layer in merged for part in layer.modules()} - merged.keys()
-    plain = {layer: _laid_out(layer) for layer in model.modules() if layer not in inner and _is_own(layer, torch.float32)}
+    plain = {
+        layer: prepacked(layer.weight, layer.bias)  # type: ignore[arg-type]
+        for layer in model.modules()
+        if layer not in inner and _is_own(layer, torch.float32)
+    }
     with _replaced(model, {**plain, **merged}.get):
         yield
 
@@ -102,7 +107,7 @@ def _is_own(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 def _cast(layer: Any, kind: str, dtype: torch.dtype) -> Forward:
     weight, bias = layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
-    product = prepacked(weight, bias) if kind == "cpu" else lambda hidden: nn.functional.linear(hidden, weight, bias)
+    product = prepacked(weight, bias)
 
     def forward(hidden: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(kind):  # it was switched off further in, as by the try-out in scoring.py
@@ -110,10 +115,6 @@ def _cast(layer: Any, kind: str, dtype: torch.dtype) -> Forward:
         return product(hidden.to(dtype))
 
     return forward
-
-
-def _laid_out(layer: Any) -> Forward:
-    return prepacked(layer.weight, layer.bias)
 
 
 # ---- layers with an adapter

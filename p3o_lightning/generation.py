@@ -21,6 +21,7 @@ from p3o_lightning.cuda_graphs import Graphed, can_be_graphed
 from p3o_lightning.decoding import Decoder, Growing, Rereading, last_logits, new_cache
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import learned_positions, positions_of, precise
+from p3o_lightning.generating import generated, generates
 
 BLOCK = 64  # tokens of the vocabulary whose weights are added up at a time
 
@@ -99,7 +100,8 @@ def sample_with_logps(
     shape = (len(prompt_tokens) * processes, sampling.num_generations, sampling.max_completion_length)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float32)[rank::processes].flatten(0, 1).to(prompt_tokens.device)
     with as_written(model), laid_out(model, sampling.max_completion_length):
-        return _decoded(model, prompt_tokens, prompt_mask, uniforms, sampling, eos_token_id, pad_token_id, refuse_nonfinite)
+        drawn = _generated if generates(model) else _decoded
+        return drawn(model, prompt_tokens, prompt_mask, uniforms, sampling, eos_token_id, pad_token_id, refuse_nonfinite)
 
 
 def _decoded(
@@ -143,6 +145,31 @@ def _decoded(
     tokens = tokens[:, :longest]
     token_mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
     return tuple(values.view(prompts, count, longest) for values in (tokens, token_mask, logps[:, :longest]))  # type: ignore[return-value]
+
+
+def _generated(
+    model: nn.Module,
+    prompt_tokens: Int[Tensor, "prompt prompt_token"],
+    prompt_mask: Bool[Tensor, "prompt prompt_token"],
+    uniforms: Float[Tensor, "row step"],
+    sampling: Sampling,
+    eos_token_id: int,
+    pad_token_id: int,
+    refuse_nonfinite: bool,
+) -> tuple[Int[Tensor, "prompt response token"], Bool[Tensor, "prompt response token"], Float[Tensor, "prompt response token"]]:
+    """As `_decoded`, the loop being transformers' own: every response reads its prompt, and none leaves the batch before all have ended."""
+    count, taken = sampling.num_generations, []
+
+    def draw(logits: Tensor, step: int) -> Tensor:
+        taken.append(draw_with_logps(logits, uniforms[:, step], sampling, refuse_nonfinite))
+        return taken[-1][0]
+
+    rows, mask = (given.repeat_interleave(count, 0) for given in (prompt_tokens, prompt_mask))
+    tokens = generated(model, rows, mask, draw, sampling.max_completion_length, eos_token_id, pad_token_id)
+    ends = (tokens == eos_token_id).long()
+    token_mask = ends.cumsum(1) - ends == 0  # none before
+    logps = torch.stack([logps for _, logps in taken], 1).masked_fill(~token_mask, 0.0)
+    return tuple(values.view(len(prompt_tokens), count, -1) for values in (tokens, token_mask, logps))  # type: ignore[return-value]
 
 
 def _begin(
@@ -217,8 +244,8 @@ def _first_beyond(
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """The first token of each row at which the weights up to it exceed the uniform draw's share of their sum; and the sum.
 
-    Blocks are added up in float64 (which Apple's GPUs lack), so that over a vocabulary of 100,000 no rounding lets a token in that has no
-    weight; then the tokens of the block where it happens, which is a tenth of the work. Of weights that are not finite: the last token.
+    Sums of blocks are added up in float64 (which Apple's GPUs lack), so that over a vocabulary of 100,000 no rounding lets a token in that
+    has no weight; then the weights of the block where it happens, a tenth of the work. Of weights that are not finite: the last token.
     """
     size, precision = weights.shape[-1], torch.float32 if weights.device.type == "mps" else torch.float64
     padded = nn.functional.pad(weights, (0, -size % BLOCK)) if size % BLOCK else weights

@@ -236,8 +236,8 @@ def forward_bytes(model: Model, work: Work, rows: int, tokens: int, scored: int)
 
 
 def drawing_bytes(model: Model, work: Work, rows: int) -> int:
-    """Drawing one token a row: logits in c and in float32, weights in float32, their cumulative sum in float64: rows V (c + 16)."""
-    return rows * model.vocabulary * (computed_in(model, work) + 16)
+    """Drawing one token a row: logits in c, over the temperature, their weights, and these as whole blocks, in float32: rows V (c + 12)."""
+    return rows * model.vocabulary * (computed_in(model, work) + 12)
 
 
 def copied_bytes(model: Model, work: Work) -> int:

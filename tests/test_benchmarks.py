@@ -206,9 +206,10 @@ def test_sides_that_do_not_fit_together_are_started_anew():
 
 
 def test_the_faster_micro_batch_goes_on():
-    candidates = {8: Recorded("8", [], 3.0), 32: Recorded("32", [], 2.0)}
-    assert run.best(candidates) == (32, {8: 3.0, 32: 2.0})
-    assert candidates[32].running and not candidates[8].running
+    for resident in (True, False):
+        candidates = {8: Recorded("8", [], 3.0), 32: Recorded("32", [], 2.0)}
+        assert run.best(candidates, resident) == (32, {8: 3.0, 32: 2.0})
+        assert candidates[32].running == resident and not candidates[8].running
 
 
 def test_ratios_are_of_medians():
@@ -366,7 +367,8 @@ def test_the_table_says_what_the_files_say():
     assert lines[0] == "| 15m-fixed-float32 | p3o_lightning | 2.00 | 1.00 | 0.50 | 0.50 | 8 rows |"
     (left,) = table.missing(results)
     assert "`15m-uneven-bf16`" in left and "`15m-fixed-float32`" not in left
-    assert table.missing({name: {} for name in CASES}) == ["Every case of the table is measured."]
+    assert "`15m-fixed-float32-2threads`" in left
+    assert table.missing({name + threads: {} for name in CASES for threads in ("", "-2threads")}) == ["Every row of the table is measured."]
 
 
 def test_goals_are_said_to_be_reached_or_not():

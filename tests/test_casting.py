@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from p3o_lightning import prepacked
 from p3o_lightning.casting import STEPS, buffers_kept, cast_once, laid_out
 from p3o_lightning.forwards import completion_logps, sequence_scores
 from p3o_lightning.generation import Sampling, sample_with_logps
@@ -33,9 +34,15 @@ def test_log_probabilities_are_the_same_to_the_bit(kind):
                 assert torch.equal(logps(model, *batch()), one)
 
 
+@pytest.fixture(params=["transposed", "in blocks"])
+def layout(request, monkeypatch):
+    """Of small and of large weights."""
+    monkeypatch.setattr(prepacked, "LARGE", 1 if request.param == "in blocks" else prepacked.LARGE)
+
+
 @pytest.mark.parametrize("kind", ["whole", "adapter", "biased"])
 @torch.no_grad()
-def test_weights_transposed_for_decoding_draw_the_same_responses(kind):
+def test_weights_laid_out_for_decoding_draw_the_same_responses(kind, layout):
     model = causal("qwen2") if kind == "biased" else model_of(kind)
     _, tokens, mask = left_padded([3, 6])
     answers = []
@@ -52,7 +59,7 @@ def test_weights_transposed_for_decoding_draw_the_same_responses(kind):
 )
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
-def test_adapters_of_every_kind_draw_the_same_responses(given, autocast):
+def test_adapters_of_every_kind_draw_the_same_responses(given, autocast, layout):
     """And switched off inside, they are; a layer in training keeps its dropout."""
     model = attach_adapter(causal("llama"), {"r": 2, "lora_alpha": 6, "init_lora_weights": False, **given}).eval()
     tokens = torch.tensor([[5, 6, 7]])

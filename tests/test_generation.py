@@ -26,6 +26,8 @@ The power of these tests, found by planting one error at a time in generation.py
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import warnings
 from types import SimpleNamespace
@@ -35,10 +37,12 @@ import torch
 from families import CAUSAL, EOS, PAD, causal, left_padded, word_tokenizer
 from torch import nn
 from torch.testing import assert_close
+from transformers import GenerationConfig
 
-from p3o_lightning import decoding
+from p3o_lightning import decoding, generating
 from p3o_lightning.errors import InputError
-from p3o_lightning.generation import Sampling, decode_completions, draw, sample_completions
+from p3o_lightning.forwards import completion_logps
+from p3o_lightning.generation import Sampling, decode_completions, draw, draw_with_logps, sample_completions, sample_with_logps
 
 LENGTHS, STEPS = [3, 7, 1], 12
 
@@ -224,6 +228,27 @@ def test_float64_logits_are_not_rounded():
     assert draw(logits.expand(2, -1), uniforms, Sampling()).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 128, 1000])
+def test_a_draw_is_the_first_token_whose_cumulative_probability_exceeds_it(vocabulary):
+    """Whether or not the vocabulary is a whole number of blocks: by sums over a Python list."""
+    logits = 3 * torch.randn(20, vocabulary, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(20, generator=torch.Generator().manual_seed(2))
+    drawn, logps = draw_with_logps(logits, uniforms, Sampling(temperature=0.7))
+    for row, u, token, logp in zip(logits.double() / 0.7, uniforms.tolist(), drawn.tolist(), logps.tolist(), strict=True):
+        chances = row.softmax(0).tolist()
+        below = list(itertools.accumulate(chances))
+        assert token == next(place for place, mass in enumerate(below) if mass > u * below[-1])
+        assert logp == pytest.approx(math.log(chances[token]), abs=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 128])
+def test_of_logits_that_are_not_finite_the_last_token_is_drawn_where_they_are_not_refused(vocabulary):
+    logits = torch.zeros(2, vocabulary)
+    logits[1, 0] = math.nan
+    drawn, logps = draw_with_logps(logits, torch.tensor([0.0, 0.0]), Sampling(), refuse_nonfinite=False)
+    assert drawn.tolist() == [0, vocabulary - 1] and logps.isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_stop_with_the_reason(bad):
     with pytest.raises(InputError, match="model gives logits that are not finite"):
@@ -252,6 +277,48 @@ def test_attention_families_use_their_cache(family, monkeypatch):
     model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     sampled(model, Sampling(2, 5))
     assert widths[0] == max(LENGTHS) and set(widths[1:]) == {1}
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_a_model_that_holds_more_than_keys_and_values_draws_within_generate(family, caplog):
+    """Which reads the prompts once, then a token a step; the line that says so comes once; its log-probabilities are those of scoring."""
+    model, widths = causal(family), []
+    with caplog.at_level(logging.INFO):
+        assert generating.generates(model) and generating.generates(model)
+    assert caplog.text.count("responses are drawn within transformers' generate") == 1
+    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    _, tokens, mask = left_padded(LENGTHS)
+    drawn, kept, logps = sample_with_logps(model, tokens, mask, Sampling(3, STEPS, 1.3), eos_token_id=EOS, pad_token_id=PAD, seed=5)
+    assert widths[0] == max(LENGTHS) and set(widths[1:]) == {1}
+    assert_close(logps, completion_logps(model, tokens, mask, drawn, kept, 1.3), rtol=0, atol=1e-4)
+    assert (drawn[~kept] == PAD).all() and kept.sum(-1).min() < STEPS
+
+
+def test_what_a_models_own_generation_config_bans_is_drawn_all_the_same():
+    model = causal("mamba")
+    one = sampled(model, Sampling(3, STEPS, 1.3))[1]
+    model.generation_config = own = GenerationConfig(
+        suppress_tokens=[int(one[0, 0, 0])], repetition_penalty=5.0, max_new_tokens=1, do_sample=True
+    )
+    assert torch.equal(sampled(model, Sampling(3, STEPS, 1.3))[1], one)
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("wrong", ["logits", "error"])
+def test_a_model_whose_generate_gives_other_logits_is_read_again(wrong, monkeypatch):
+    expected = sampled(causal("mamba"), Sampling(3, STEPS, 1.3))[1]
+    model = causal("mamba")
+    forward = model.forward
+
+    def forgetful(input_ids, cache_params=None, **options):
+        if wrong == "error" and cache_params is not None:
+            raise ValueError("no state for me")
+        answer = forward(input_ids, **options) if input_ids.shape[1] == 1 else forward(input_ids, cache_params=cache_params, **options)
+        return answer
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    assert not generating.generates(model)
+    assert torch.equal(sampled(model, Sampling(3, STEPS, 1.3))[1], expected)
 
 
 def test_a_model_that_leaves_the_cache_empty_is_read_again(monkeypatch):

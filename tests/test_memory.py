@@ -272,6 +272,16 @@ def test_a_reference_reads_pairs_in_as_much_as_counted():
         assert memory.direct(sizes, work, reference=sizes).size("scoring") == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drawing_takes_what_is_counted(dtype):
+    """At a temperature, and with a vocabulary that is no whole number of blocks."""
+    shape = {"hidden": 4, "intermediate": 4, "layers": 1, "heads": 1, "key_value_heads": 1, "vocabulary": 20_001}
+    sizes = memory.llama(**shape, weight_bytes=dtype.itemsize)
+    logits = torch.randn(4, 20_001).to(dtype)
+    found = logits.nbytes + peak(lambda: generation.draw_with_logps(logits, torch.rand(4), Sampling(temperature=0.7)))[0]
+    assert memory.drawing_bytes(sizes, memory.Work(2, 2, 2, 1, 5), 4) == pytest.approx(found, rel=0.05)
+
+
 # ---- copies for sampling
 
 

@@ -34,6 +34,7 @@ LAYERS = [
     {
         "generation",
         "decoding",
+        "generating",
         "cuda_graphs",
         "rewards",
         "function_reward",
