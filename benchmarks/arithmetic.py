@@ -62,5 +62,6 @@ def memory_mib(case: Case, micro_batch: int) -> float:
 
     sizes = _sizes(case.size)
     model, scorer = llama(**sizes), llama(**sizes, scalar=True)
-    work = Work(case.prompts, micro_batch, case.responses, case.prompt_tokens, case.new_tokens, autocast=case.dtype == "bfloat16")
+    half = case.dtype == "bfloat16"
+    work = Work(case.prompts, micro_batch, case.responses, case.prompt_tokens, case.new_tokens, autocast=half, cpu=not case.gpu)
     return policy(model, work, reference=model, rewards=[scorer], reward_rows=ModelReward.batch_rows).peak / 2**20

@@ -127,7 +127,7 @@ def against_us(results: Results) -> list[str]:
         ours, least = (result["sides"][side]["summary"]["peak_mib"] for side in ("ours", "tuned"))
         if ours > least:
             found.append(f"* {name}: ours holds {ours:.0f} MiB, TRL tuned {least:.0f} MiB.")
-    return found or ["* No case measured here is slower than TRL, or holds more memory than TRL tuned."]
+    return found or ["* No row of the tables is slower than TRL, or holds more memory than TRL tuned."]
 
 
 def missing(results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2)) -> list[str]:
