@@ -389,7 +389,7 @@ def test_how_busy_the_machine_was_is_told():
 
 def test_what_is_against_us_is_told():
     name = "15m-fixed-float32"
-    assert "No case" in table.against_us({name: result(name, 4.0, 10.0, 6.0)})[0]
+    assert "No row" in table.against_us({name: result(name, 4.0, 10.0, 6.0)})[0]
     slower = table.against_us({name: result(name, 4.0, 10.0, 3.0, ours_mib=3.0)})
     assert slower == [f"* {name}: TRL tuned is faster, 0.75.", f"* {name}: ours holds 3 MiB, TRL tuned 2 MiB."]
 
