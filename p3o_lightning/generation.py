@@ -21,7 +21,7 @@ from p3o_lightning.cuda_graphs import Graphed, can_be_graphed
 from p3o_lightning.decoding import Decoder, Growing, Rereading, last_logits, new_cache
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import learned_positions, positions_of, precise
-from p3o_lightning.generating import generated, generates
+from p3o_lightning.generate_fallback import generated, generates
 
 BLOCK = 64  # tokens of the vocabulary whose weights are added up at a time
 

@@ -39,7 +39,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from p3o_lightning import decoding, generating
+from p3o_lightning import decoding, generate_fallback
 from p3o_lightning.errors import InputError
 from p3o_lightning.forwards import completion_logps
 from p3o_lightning.generation import Sampling, decode_completions, draw, draw_with_logps, sample_completions, sample_with_logps
@@ -284,7 +284,7 @@ def test_a_model_that_holds_more_than_keys_and_values_draws_within_generate(fami
     """Which reads the prompts once, then a token a step; the line that says so comes once; its log-probabilities are those of scoring."""
     model, widths = causal(family), []
     with caplog.at_level(logging.INFO):
-        assert generating.generates(model) and generating.generates(model)
+        assert generate_fallback.generates(model) and generate_fallback.generates(model)
     assert caplog.text.count("responses are drawn within transformers' generate") == 1
     model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     _, tokens, mask = left_padded(LENGTHS)
@@ -317,7 +317,7 @@ def test_a_model_whose_generate_gives_other_logits_is_read_again(wrong, monkeypa
         return answer
 
     monkeypatch.setattr(model, "forward", forgetful)
-    assert not generating.generates(model)
+    assert not generate_fallback.generates(model)
     assert torch.equal(sampled(model, Sampling(3, STEPS, 1.3))[1], expected)
 
 

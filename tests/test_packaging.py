@@ -34,7 +34,7 @@ LAYERS = [
     {
         "generation",
         "decoding",
-        "generating",
+        "generate_fallback",
         "cuda_graphs",
         "rewards",
         "function_reward",
