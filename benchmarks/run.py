@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ import equal
 import record
 import sides
 from cases import CASES, GPU, GROWTH, OVERHEAD, Case, select
+from equal import Work
 from sides import Side
 
 GROWN = {name: case for points in GROWTH.values() for name, case in points.items()} | OVERHEAD
 PER_VISIT = 2  # iterations of a side that is started anew every time
 
 
-def take_turns(contestants: dict[str, Side], rounds: int, resident: bool) -> dict[str, list[dict[str, Any]]]:
-    """Iterations of each side, after one that does not count whenever it has started."""
+def take_turns(
+    contestants: dict[str, Side], rounds: int, resident: bool, check: Callable[[dict[str, list[Work]]], Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Iterations of each side, after one that does not count whenever it has started. `check` sees the work after every turn."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     each = 1 if resident else PER_VISIT
     if resident:
@@ -41,7 +45,13 @@ def take_turns(contestants: dict[str, Side], rounds: int, resident: bool) -> dic
             rows[name] += [side.iterate() for _ in range(each)]
             if not resident:
                 side.stop()
+            check(works(rows))
     return rows
+
+
+def works(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[Work]]:
+    """What each side did in each of its rounds, of the sides that had one."""
+    return {name: [row["work"] for row in each] for name, each in rows.items() if each}
 
 
 def best(candidates: dict[int, Side], resident: bool = True) -> tuple[int, dict[int, float]]:
@@ -78,7 +88,7 @@ def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool = F
             micro_batch, tried = best(tuned, case.resident)
             contestants["tuned"] = tuned[micro_batch]
             settings["tuned"] = {"micro_batch": micro_batch, "seconds_tried": tried}
-        rows = take_turns(contestants, rounds, case.resident)
+        rows = take_turns(contestants, rounds, case.resident, partial(equal.check, case))
     finally:
         for side in [*contestants.values(), *tuned.values()]:
             side.stop()
@@ -86,7 +96,7 @@ def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool = F
         name: {"about": side.about, **settings.get(name, {}), "summary": record.summary(rows[name]), "rounds": rows[name]}
         for name, side in contestants.items()
     }
-    done = equal.check(case, {name: [row["work"] for row in rows[name]] for name in contestants})
+    done = equal.check(case, works(rows))
     result = {"case": case.to_json(), "threads": threads, "rounds": len(rows["ours"]), "work": done, "sides": measured}
     if case.kind == "policy":
         result["gigaflop"] = arithmetic.gigaflop(case)

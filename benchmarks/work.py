@@ -1,8 +1,8 @@
 """The same work for both sides: policy, reward model, tokenizer, prompts and pairs of a case, written into a folder.
 
-How long responses are hangs on one weight. The first channel of every embedding is large and says nothing, so the first channel of the
-last hidden state is about the same for every text, and the head's weight of EOS there moves the logit of EOS alone: so low that no response
-ends before its limit, or such that it ends with the same chance after every token, 32 tokens on average.
+How long responses are hangs on one weight. The first channel of every embedding is large and says nothing, and no layer writes to it, so
+the first channel of the last hidden state is about the same for every text, and the head's weight of EOS there moves the logit of EOS
+alone: so low that no response ends before its limit, or such that it ends with the same chance after every token, 32 tokens on average.
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ def _words(draw: random.Random, vocabulary: int, count: int) -> str:
 def _set_lengths(policy: Any, case: Case) -> None:
     embeddings, head = policy.get_input_embeddings().weight, policy.get_output_embeddings().weight
     embeddings[:, 0] = 1.0
+    for layer in policy.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
     if head is not embeddings:
         head[:, 0] = 0.0
     level = float(head[0, 0])
     if case.lengths == "fixed":
-        head[EOS, 0] = level - 4.0
+        head[EOS, 0] = level - 30.0
         return
     head[EOS, 1:] = 0.0
     texts = torch.randint(len(SPECIAL), len(head), (16, case.prompt_tokens + case.new_tokens))

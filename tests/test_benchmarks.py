@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,12 @@ def test_a_pass_over_pairs_has_the_same_tokens_on_every_side():
 # ---- the work
 
 
+@pytest.mark.parametrize("size", ["1m", "deep"])
 @pytest.mark.parametrize("lengths", ["fixed", "uneven"])
-def test_how_long_responses_are(tmp_path, lengths):
-    case = replace(SMALL, lengths=lengths, prompt_tokens=32)
+def test_how_long_responses_are(tmp_path, monkeypatch, lengths, size):
+    """Of few layers, and of SmolLM2's thirty with the head tied to the embeddings."""
+    monkeypatch.setitem(SHAPES, "deep", SHAPES["1m"] | {"num_hidden_layers": 30, "tie_word_embeddings": True})
+    case = replace(SMALL, size=size, lengths=lengths, prompt_tokens=32)
     work.write(tmp_path, case)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
@@ -186,7 +190,7 @@ class Recorded:
     def iterate(self) -> dict[str, float]:
         self.log.append(self.name if self.warm else f"{self.name}*")
         self.running = self.warm = True
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "work": {"rows": 1}}
 
     def stop(self) -> None:
         self.running = self.warm = False
@@ -194,15 +198,22 @@ class Recorded:
 
 def test_sides_take_turns_after_a_warm_up():
     log: list[str] = []
-    rows = run.take_turns({name: Recorded(name, log) for name in "abc"}, 3, resident=True)
+    rows = run.take_turns({name: Recorded(name, log) for name in "abc"}, 3, True, lambda _: None)
     assert "".join(log) == "a+b+c+" + "a*b*c*" + "abc" * 3, "they load side by side"
     assert {name: len(each) for name, each in rows.items()} == dict.fromkeys("abc", 3)
 
 
 def test_sides_that_do_not_fit_together_are_started_anew():
     log: list[str] = []
-    rows = run.take_turns({name: Recorded(name, log) for name in "ab"}, 4, resident=False)
+    rows = run.take_turns({name: Recorded(name, log) for name in "ab"}, 4, False, lambda _: None)
     assert "".join(log) == "a*aab*bb" * 2 and len(rows["a"]) == len(rows["b"]) == 4
+
+
+def test_unequal_work_is_found_at_the_first_turn():
+    log: list[str] = []
+    with pytest.raises(equal.UnequalWork, match="a, round 1"):
+        run.take_turns({name: Recorded(name, log) for name in "ab"}, 4, False, partial(equal.check, Case()))
+    assert "".join(log) == "a*aa", "before another side has its turn"
 
 
 def test_the_faster_micro_batch_goes_on():
