@@ -91,7 +91,7 @@ def test_a_pass_over_pairs_has_the_same_tokens_on_every_side():
 @pytest.mark.parametrize("lengths", ["fixed", "uneven"])
 def test_how_long_responses_are(tmp_path, monkeypatch, lengths, size):
     """Of few layers, and of SmolLM2's thirty with the head tied to the embeddings."""
-    monkeypatch.setitem(SHAPES, "deep", SHAPES["1m"] | {"num_hidden_layers": 30, "tie_word_embeddings": True})
+    monkeypatch.setitem(SHAPES, "deep", SHAPES["smollm2"] | {"vocab_size": 1024, "intermediate_size": 64})
     case = replace(SMALL, size=size, lengths=lengths, prompt_tokens=32)
     work.write(tmp_path, case)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
