@@ -1,4 +1,4 @@
-"""`python benchmarks/table.py`: results/*.json as tables and plots, into README.md between its markers."""
+"""`python benchmarks/table.py`: results/*.json as tables and plots, into README.md between its markers, and in short into the project's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import record
 from cases import CASES, GPU, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
+FRONT = README.parent.parent / "README.md"
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
 GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: ratios to reach, and then to aim at
@@ -26,6 +27,13 @@ GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: r
     },
     "smollm2-fixed-float32": {"default": [1.7, 2.0]},
     "smollm2-fixed-bf16": {"default": [2.3, 2.8]},
+}
+IN_SHORT = {  # what the project's README calls a pair of cases, of fixed and of uneven length
+    "1m": "1 M parameters",
+    "15m": "15 M parameters",
+    "smollm2": "135 M parameters",
+    "gpu-smollm2": "135 M parameters, on a GPU",
+    "reward-15m": "reward model, 15 M parameters",
 }
 AXIS = {"responses": "responses a prompt", "length": "tokens of a response", "batch": "prompts of a rollout", "size": "parameters"}
 Results = dict[str, dict[str, Any]]
@@ -100,6 +108,18 @@ def goals(results: Results) -> list[str]:
             ]
             rows.append([name, SIDES[side], f"{wanted[0]:.1f}", f"{wanted[1]:.1f}" if len(wanted) > 1 else "", *told])
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
+
+
+def in_short(results: Results) -> list[str]:
+    """Ratios alone, of one epoch and one thread: fixed / uneven lengths."""
+    rows = [["", *(f"against {SIDES[side]}" for side in ("default", "tuned"))]]
+    for start, title in IN_SHORT.items():
+        for dtype in ("float32", "bf16"):
+            pair = [results.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
+            if any(pair):
+                told = [[f"{result['ratios'][side]:.2f}" if result else "not measured" for result in pair] for side in ("default", "tuned")]
+                rows.append([f"{title}, {dtype}", *map(" / ".join, told)])
+    return lines_of(rows)
 
 
 def phases(results: Results, gpu: bool = False) -> list[str]:
@@ -340,6 +360,7 @@ def main() -> None:
     results = read()
     draw(results, record.RESULTS)
     README.write_text(fill(README.read_text(), sections(results)))
+    FRONT.write_text(fill(FRONT.read_text(), {"speed": in_short(results)}))
     print(f"{README}: {len(in_order(results))} cases against TRL, {len(results)} results in all")
 
 

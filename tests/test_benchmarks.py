@@ -382,6 +382,16 @@ def test_the_table_says_what_the_files_say():
     assert table.missing({name + threads: {} for name in CASES for threads in ("", "-2threads")}) == ["Every row of the table is measured."]
 
 
+def test_in_short_a_row_has_both_lengths():
+    results = {name: result(name, 4.0, 10.0, 6.0) for name in ("15m-fixed-float32", "15m-uneven-float32")}
+    results["15m-uneven-float32"]["ratios"] = {"default": 3.0, "tuned": 2.0}
+    results["smollm2-fixed-bf16"] = result("smollm2-fixed-bf16", 4.0, 5.0, 4.0)
+    assert table.in_short(results)[2:] == [
+        "| 15 M parameters, float32 | 2.50 / 3.00 | 1.50 / 2.00 |",
+        "| 135 M parameters, bf16 | 1.25 / not measured | 1.00 / not measured |",
+    ]
+
+
 def test_goals_are_said_to_be_reached_or_not():
     lines = table.goals({"15m-fixed-float32": result("15m-fixed-float32", 4.0, 10.0, 5.8, compiled=3.0)})
     assert lines[2:] == [
@@ -425,6 +435,8 @@ def test_parts_go_between_their_markers():
 
 
 def test_the_document_holds_what_was_measured():
-    """Figures in benchmarks/README.md come from the results that are there: `python benchmarks/table.py` writes them."""
-    text = table.README.read_text()
-    assert table.fill(text, table.sections(table.read())) == text
+    """Figures in benchmarks/README.md and README.md come from the results that are there: `python benchmarks/table.py` writes them."""
+    results = table.read()
+    text, front = table.README.read_text(), table.FRONT.read_text()
+    assert table.fill(text, table.sections(results)) == text
+    assert table.fill(front, {"speed": table.in_short(results)}) == front
