@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from p3o_lightning.forwards import positions_of, unwrapped
+from p3o_lightning.token_attention import one_token_attention
 
 NAME = "p3o_packed"  # of the attention below, in a model's config
 TERMS = ("softcap", "s_aux", "position_bias", "cache")  # of an attention that is more than a softmax of products
@@ -166,29 +167,12 @@ def packed_attention(
     """transformers' "sdpa"; or, where a forward is given `packing`, that of its row."""
     if packing is None:
         plain = not dropout and not any(options.get(name) is not None for name in TERMS)
-        grouped = query.is_cuda and query.shape[2] == 1 and key.shape[1] < query.shape[1]
-        if plain and grouped and attention_mask is not None and attention_mask.shape[1] == 1:
-            return attend_by_groups(query, key, value, attention_mask, scaling), None
+        if plain and (seen := one_token_attention(query, key, value, attention_mask, scaling)) is not None:
+            return seen, None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     if any(options.get(name) is not None for name in TERMS):
         raise ValueError("attention with a term of its own")
     return packing.attend(query, key, value, dropout, scaling), None
-
-
-def attend_by_groups(
-    query: Float[Tensor, "row head 1 channel"],
-    key: Float[Tensor, "row group token channel"],
-    value: Float[Tensor, "row group token channel"],
-    mask: Bool[Tensor, "row 1 1 token"],
-    scaling: float | None,
-) -> Float[Tensor, "row 1 head channel"]:
-    """Attention of one new token where heads share keys and values by groups: the heads of a group are its queries.
-
-    transformers before 5.23 repeats the whole cache for every head instead, at every step.
-    """
-    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
-    seen = nn.functional.scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
-    return seen.reshape(query.shape[0], 1, query.shape[1], value.shape[-1])
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -11,13 +11,11 @@ from typing import ClassVar
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from p3o_lightning import cuda_graphs, generation
 from p3o_lightning.cuda_graphs import Graphed, can_be_graphed
 from p3o_lightning.decoding import new_cache
 from p3o_lightning.generation import Sampling, sample_with_logps
-from p3o_lightning.packing import attend_by_groups
 from p3o_lightning.scoring import allows
 from tests.families import CAUSAL, EOS, PAD, causal, left_padded
 
@@ -92,20 +90,6 @@ def test_attention_reads_no_more_than_the_block_of_columns_that_is_being_filled(
 def test_a_cpu_records_nothing():
     model = causal("llama")
     assert not can_be_graphed(model, new_cache(model, 30), 29)
-
-
-@pytest.mark.parametrize("scaling", [None, 0.3])
-def test_heads_of_a_group_as_queries_are_the_heads_repeated(scaling):
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(3, heads, length, 8, generator=draw, dtype=torch.float64) for heads, length in ((6, 1), (2, 9), (2, 9))
-    )
-    mask = torch.rand(3, 1, 1, 9, generator=draw) < 0.7
-    mask[..., 0] = True
-    module = torch.nn.Module()
-    module.num_key_value_groups = 3
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-    assert_close(attend_by_groups(query, key, value, mask, scaling), expected, rtol=0, atol=1e-12)
 
 
 # ---- recording, with something that stands in for a graph

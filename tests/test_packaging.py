@@ -71,6 +71,7 @@ LAYERS = [
         "tokenizers",
         "forwards",
         "packing",
+        "token_attention",
         "phases",
         "casting",
         "prepacked",
