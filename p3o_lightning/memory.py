@@ -242,7 +242,8 @@ def drawing_bytes(model: Model, work: Work, rows: int) -> int:
 
 def copied_bytes(model: Model, work: Work) -> int:
     """The linear layers' weights once more, while responses are sampled: in half precision under autocast; in float32 laid out for it, on a
-    CPU where there are so many tokens to come that it pays, with adapters added to them.
+    CPU where there are so many tokens to come that it pays, with adapters added to them. Some processors fill a layer's rows up to a
+    multiple of 64, which is not counted.
     """
     if work.autocast:
         return 2 * model.linear

@@ -294,9 +294,11 @@ def test_weights_copied_to_sample_are_as_large_as_counted(kind, tokens):
     half = torch.autocast("cpu", torch.bfloat16) if work.autocast else contextlib.nullcontext()
     with contextlib.ExitStack() as inside:
         held = allocations(lambda: [inside.enter_context(each) for each in (torch.no_grad(), half, laid_out(model, tokens))])[0]
-        assert memory.copied_bytes(sizes, work) == pytest.approx(sum(held), rel=0.005)
+    counted, layers = memory.copied_bytes(sizes, work), [layer.weight for layer in model.modules() if type(layer) is torch.nn.Linear]
+    filled = sum(-(-len(weight) // 64) * 64 * weight.shape[1] for weight in layers) / sum(weight.numel() for weight in layers)
+    assert 0.995 * counted <= sum(held) <= 1.005 * filled * counted, "some processors fill a layer's rows up to 64"
     copies = work.autocast or (tokens == STEPS and kind != "bfloat16")
-    assert (memory.copied_bytes(sizes, work) > 0) == copies
+    assert (counted > 0) == copies
     estimate = memory.policy(sizes, work, reference=None, rewards=[], reward_rows=1)
     assert [part.phases for part in estimate.parts if part.name == "copied weights"] == [("sampling",)] * copies
     assert estimate.size("cast weights") == (2 * sizes.linear if work.autocast else 0)

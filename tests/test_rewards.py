@@ -382,7 +382,7 @@ def test_scores_do_not_depend_on_the_rows_of_a_batch(trained, rows, monkeypatch)
     source = source_of(trained)
     expected = source(responses())
     monkeypatch.setattr(source, "batch_rows", rows)
-    assert_close(source(responses()), expected, rtol=0, atol=1e-6)
+    assert_close(source(responses()), expected, rtol=2e-6, atol=1e-6)  # kernels add up in an order that depends on the batch
     assert expected.flatten().unique().numel() == 6
 
 
