@@ -1,4 +1,4 @@
-"""One JSON a case in results/: what was measured, of which code, on which machine; and whether that has been done already."""
+"""One JSON a case in results/: what was measured, of which code, on which machine; and whether that was done here already."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def code(root: Path = ROOT) -> str:
 
 
 def is_measured(file: Path, case: Case, commit: str, rounds: int) -> bool:
-    """Whether the file holds this very case at this commit, with as many rounds. Changed code is measured again every time."""
+    """Whether the file holds this case at this commit, on this machine, with as many rounds. Changed code is measured every time."""
     if commit.endswith("+") or not file.is_file():
         return False
     result = json.loads(file.read_text())
-    return bool(result["commit"] == commit and result["case"] == case.to_json() and result["rounds"] >= rounds)
+    there, here = result["machine"], machine(case.gpu)
+    same = all(there.get(part) == here.get(part) for part in ("processor", "cores", "gpu"))
+    return bool(same and result["commit"] == commit and result["case"] == case.to_json() and result["rounds"] >= rounds)
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
@@ -51,28 +53,28 @@ def write(file: Path, result: dict[str, Any]) -> None:
 
 def circumstances(commit: str, gpu: bool = False) -> dict[str, Any]:
     """Commit, machine, command and date; how many processes wanted a core when the case was over."""
-    about = machine()
-    if gpu:
-        import torch
-
-        about["gpu"] = torch.cuda.get_device_name()
     return {
         "commit": commit,
-        "machine": about,
+        "machine": machine(gpu),
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
     }
 
 
-def machine() -> dict[str, Any]:
-    """Processor, what of its instructions matters for bfloat16, cores, memory."""
+def machine(gpu: bool = False) -> dict[str, Any]:
+    """Processor, what of its instructions matters for bfloat16, cores, memory; the GPU where one is used."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = fields.get("model name", platform.processor() or platform.machine())
-    return {"processor": name, "instructions": flags, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    about = {"processor": name, "instructions": flags, "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    if gpu:
+        import torch
+
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:

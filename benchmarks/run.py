@@ -1,6 +1,6 @@
-"""`make bench`: ours, TRL as it comes and TRL tuned in turn on every case. A case that was measured at this commit is skipped.
+"""`make bench`: ours, TRL as it comes and TRL tuned in turn on every case. What was measured at this commit on this machine is skipped.
 
-python benchmarks/run.py [--cases PATTERN ...] [--growth | --gpu] [--rounds N] [--threads N] [--minutes N]
+python benchmarks/run.py [--cases PATTERN ...] [--growth | --gpu] [--rounds N] [--threads N] [--minutes N] [--results FOLDER]
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run(chosen: dict[str, Case], rounds: int, threads: int, minutes: float, resu
     for name, case in chosen.items():
         file = record.path_of(name, threads, results)
         if record.is_measured(file, case, commit, rounds):
-            print(f"{name}: measured at {commit} already", flush=True)
+            print(f"{name}: measured at {commit} on this machine already", flush=True)
             continue
         if time.monotonic() - begun > 60 * minutes:
             print(f"{name}: left out, {minutes:g} minutes are over", flush=True)
@@ -137,9 +137,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="iterations of each side after the warm-up (default: 5, of a sweep 3)")
     parser.add_argument("--threads", type=int, default=1, help="of each side; seconds are CPU with 1, wall with more (default: 1)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long (default: no limit)")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="FOLDER", help="where to keep them (default: results)")
     given = parser.parse_args()
     rounds = given.rounds or (3 if given.growth else 5)
-    run(select(given.cases, GROWN if given.growth else GPU if given.gpu else CASES), rounds, given.threads, given.minutes, record.RESULTS)
+    run(select(given.cases, GROWN if given.growth else GPU if given.gpu else CASES), rounds, given.threads, given.minutes, given.results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from cases import CASES, GPU, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
 FRONT = README.parent.parent / "README.md"
+OTHER = record.RESULTS / "epyc"  # the same cases on a processor of another kind
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
 GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: ratios to reach, and then to aim at
@@ -110,12 +111,13 @@ def goals(results: Results) -> list[str]:
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
-def in_short(results: Results) -> list[str]:
+def in_short(results: Results, other: Results) -> list[str]:
     """Ratios alone, of one epoch and one thread: fixed / uneven lengths."""
     rows = [["", *(f"against {SIDES[side]}" for side in ("default", "tuned"))]]
-    for start, title in IN_SHORT.items():
+    elsewhere = {start: f"{title}, on an EPYC" for start, title in IN_SHORT.items()}
+    for of, start, title in [(found, *item) for found, titles in ((results, IN_SHORT), (other, elsewhere)) for item in titles.items()]:
         for dtype in ("float32", "bf16"):
-            pair = [results.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
+            pair = [of.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
             if any(pair):
                 told = [[f"{result['ratios'][side]:.2f}" if result else "not measured" for result in pair] for side in ("default", "tuned")]
                 rows.append([f"{title}, {dtype}", *map(" / ".join, told)])
@@ -139,10 +141,11 @@ def phases(results: Results, gpu: bool = False) -> list[str]:
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
-def against_us(results: Results) -> list[str]:
+def against_us(results: Results, other: Results | None = None) -> list[str]:
     """Cases where TRL is faster, or holds less memory, at its better setting of the two."""
     found = []
-    for name, result in (in_order(results) | in_order(results, gpu=True)).items():
+    there = {f"{name}, on the other processor": result for name, result in in_order(other or {}).items()}
+    for name, result in (in_order(results) | in_order(results, gpu=True) | there).items():
         found += [f"* {name}: {SIDES[side]} is faster, {ratio:.2f}." for side, ratio in result["ratios"].items() if ratio < 1]
         ours, least = (result["sides"][side]["summary"]["peak_mib"] for side in ("ours", "tuned"))
         if ours > least:
@@ -150,11 +153,15 @@ def against_us(results: Results) -> list[str]:
     return found or ["* No row of the tables is slower than TRL, or holds more memory than TRL tuned."]
 
 
-def missing(results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2)) -> list[str]:
-    """The rows of the table that have no result."""
+def missing(results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2), other: Results | None = None) -> list[str]:
+    """The rows of the table that have no result, and those that have one on the `other` processor alone."""
     rows = [record.path_of(name, count).stem for name in cases for count in threads]
-    names = [f"`{row}`" for row in rows if row not in results]
-    return ["Not measured: " + ", ".join(names) + "."] if names else ["Every row of the table is measured."]
+    lacking = [row for row in rows if row not in results]
+    elsewhere = [f"`{row}`" for row in lacking if row in (other or {})]
+    nowhere = [f"`{row}`" for row in lacking if row not in (other or {})]
+    told = ["Measured on the other processor alone, below: " + ", ".join(elsewhere) + "."] if elsewhere else []
+    told += ["Not measured: " + ", ".join(nowhere) + "."] if nowhere else []
+    return told or ["Every row of the table is measured."]
 
 
 # ---- growth
@@ -322,12 +329,21 @@ def machines(results: Results) -> list[str]:
     return sorted(told)
 
 
-def sections(results: Results) -> dict[str, list[str]]:
-    """Marker -> what stands there."""
+def sections(results: Results, other: Results) -> dict[str, list[str]]:
+    """Marker -> what stands there, of these results and of those on the other processor."""
     on_gpu = in_order(results, gpu=True)
     results = {name: result for name, result in results.items() if name not in on_gpu}
     return {
-        "comparison": [*comparison(results), "", *missing(results), "", *machines(results), *quiet(results), *picture("ratios")],
+        "comparison": [
+            *comparison(results),
+            "",
+            *missing(results, other=other),
+            "",
+            *machines(results),
+            *quiet(results),
+            *picture("ratios"),
+        ],
+        "other processor": [*comparison(other), "", *machines(other), *quiet(other), "", *goals(other), "", *phases(other)],
         "gpu": [
             *comparison(on_gpu, gpu=True),
             "",
@@ -339,7 +355,7 @@ def sections(results: Results) -> dict[str, list[str]]:
         ],
         "goals": goals(results),
         "phases": phases(results),
-        "against us": against_us(results | on_gpu),
+        "against us": against_us(results | on_gpu, other),
         "growth": [*growth(results), *picture("growth")],
         "overhead": overhead(results),
     }
@@ -357,10 +373,10 @@ def fill(text: str, parts: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    results = read()
+    results, other = read(), read(OTHER)
     draw(results, record.RESULTS)
-    README.write_text(fill(README.read_text(), sections(results)))
-    FRONT.write_text(fill(FRONT.read_text(), {"speed": in_short(results)}))
+    README.write_text(fill(README.read_text(), sections(results, other)))
+    FRONT.write_text(fill(FRONT.read_text(), {"speed": in_short(results, other)}))
     print(f"{README}: {len(in_order(results))} cases against TRL, {len(results)} results in all")
 
 

@@ -269,8 +269,9 @@ def test_the_commit_is_that_of_the_package(tmp_path):
 
 def test_a_measured_case_is_skipped_until_something_changed(tmp_path, monkeypatch, capsys):
     measured: list[str] = []
-    commit = ["one"]
+    commit, processor = ["one"], ["abacus"]
     monkeypatch.setattr(record, "code", lambda: commit[0])
+    monkeypatch.setattr(record, "machine", lambda gpu=False: {"processor": processor[0], "cores": 1})
 
     def measure(case: Case, rounds: int, threads: int, folder: Path, alone: bool) -> dict[str, object]:
         measured.append(case.size)
@@ -283,11 +284,13 @@ def test_a_measured_case_is_skipped_until_something_changed(tmp_path, monkeypatc
         return len(measured)
 
     assert (go(), go(), go(rounds=3)) == (1, 0, 0)
-    assert "measured at one already" in capsys.readouterr().out
+    assert "measured at one on this machine already" in capsys.readouterr().out
     assert (go(rounds=6), go(rounds=6)) == (1, 0)
     assert (go(replace(SMALL, epochs=2)), go()) == (1, 1)  # another case of that name
     assert (go(threads=2), go(threads=2)) == (1, 0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a-2threads.json", "a.json"]
+    processor[0] = "slide rule"  # another's result is not this machine's
+    assert (go(), go()) == (1, 0)
     commit[0] = "two"
     assert (go(), go()) == (1, 0)
     commit[0] = "two+"  # code that is not committed: nobody knows whether it is the same
@@ -379,16 +382,25 @@ def test_the_table_says_what_the_files_say():
     (left,) = table.missing(results)
     assert "`15m-uneven-bf16`" in left and "`15m-fixed-float32`" not in left
     assert "`15m-fixed-float32-2threads`" in left
-    assert table.missing({name + threads: {} for name in CASES for threads in ("", "-2threads")}) == ["Every row of the table is measured."]
+    every = {name + threads: {} for name in CASES for threads in ("", "-2threads")}
+    assert table.missing(every) == ["Every row of the table is measured."]
+    there = {name: every.pop(name) for name in ("1m-fixed-bf16", "1m-fixed-bf16-2threads")}
+    del there["1m-fixed-bf16-2threads"]
+    assert table.missing(every, other=there) == [
+        "Measured on the other processor alone, below: `1m-fixed-bf16`.",
+        "Not measured: `1m-fixed-bf16-2threads`.",
+    ]
 
 
 def test_in_short_a_row_has_both_lengths():
     results = {name: result(name, 4.0, 10.0, 6.0) for name in ("15m-fixed-float32", "15m-uneven-float32")}
     results["15m-uneven-float32"]["ratios"] = {"default": 3.0, "tuned": 2.0}
     results["smollm2-fixed-bf16"] = result("smollm2-fixed-bf16", 4.0, 5.0, 4.0)
-    assert table.in_short(results)[2:] == [
+    there = {"15m-fixed-bf16": results["15m-uneven-float32"]}
+    assert table.in_short(results, there)[2:] == [
         "| 15 M parameters, float32 | 2.50 / 3.00 | 1.50 / 2.00 |",
         "| 135 M parameters, bf16 | 1.25 / not measured | 1.00 / not measured |",
+        "| 15 M parameters, on an EPYC, bf16 | 3.00 / not measured | 2.00 / not measured |",
     ]
 
 
@@ -413,6 +425,8 @@ def test_what_is_against_us_is_told():
     assert "No row" in table.against_us({name: result(name, 4.0, 10.0, 6.0)})[0]
     slower = table.against_us({name: result(name, 4.0, 10.0, 3.0, ours_mib=3.0)})
     assert slower == [f"* {name}: TRL tuned is faster, 0.75.", f"* {name}: ours holds 3 MiB, TRL tuned 2 MiB."]
+    (elsewhere,) = table.against_us({}, {name: result(name, 4.0, 10.0, 3.0)})
+    assert elsewhere == f"* {name}, on the other processor: TRL tuned is faster, 0.75."
 
 
 def test_growth_is_a_slope_beside_that_of_the_operations():
@@ -436,7 +450,7 @@ def test_parts_go_between_their_markers():
 
 def test_the_document_holds_what_was_measured():
     """Figures in benchmarks/README.md and README.md come from the results that are there: `python benchmarks/table.py` writes them."""
-    results = table.read()
+    results, other = table.read(), table.read(table.OTHER)
     text, front = table.README.read_text(), table.FRONT.read_text()
-    assert table.fill(text, table.sections(results)) == text
-    assert table.fill(front, {"speed": table.in_short(results)}) == front
+    assert table.fill(text, table.sections(results, other)) == text
+    assert table.fill(front, {"speed": table.in_short(results, other)}) == front

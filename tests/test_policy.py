@@ -17,11 +17,12 @@ from tiny import GPT2, LLAMA, PROMPTS, Recorder, collate, equal, letters, policy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from p3o_lightning import InputError, PairwisePolicy, RewardModel, SupervisedPolicy
+from p3o_lightning import InputError, PairwisePolicy, RewardModel, SupervisedPolicy, packing
 from p3o_lightning.batches import Experience
 from p3o_lightning.callbacks import LastCheckpoint
 from p3o_lightning.figures import duplicate_rate
 from p3o_lightning.kl_control import adapted_kl_coef
+from p3o_lightning.packing import attention
 from p3o_lightning.reference import fingerprint
 from p3o_lightning.scoring import grouped_completion_logps
 
@@ -499,6 +500,16 @@ def test_predict_needs_neither_reference_nor_reward(tmp_path):
     rows = [row for batch in batches for row in batch]
     assert [row["prompt"] for row in rows] == PROMPTS and all(len(row["responses"]) == 2 for row in rows)
     assert json.dumps(rows) and not module._reference
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
+def test_what_samples_attends_alike_in_every_stage(tmp_path, stage):
+    module, attending = policy(), []
+    sample = module.sample_with_logps
+    module.sample_with_logps = lambda *given, **options: attending.append(attention(module.model)) or sample(*given, **options)
+    data = prompts(5) if stage != "fit" else module.wrap_train_dataloader(prompts())
+    getattr(trainer(tmp_path, max_steps=1), stage)(module, data)
+    assert set(attending) == {packing.NAME}
 
 
 def test_what_is_logged(tmp_path):
