@@ -114,13 +114,15 @@ def goals(results: Results) -> list[str]:
 def in_short(results: Results, other: Results) -> list[str]:
     """Ratios alone, of one epoch and one thread: fixed / uneven lengths."""
     rows = [["", *(f"against {SIDES[side]}" for side in ("default", "tuned"))]]
-    elsewhere = {start: f"{title}, on an EPYC" for start, title in IN_SHORT.items()}
-    for of, start, title in [(found, *item) for found, titles in ((results, IN_SHORT), (other, elsewhere)) for item in titles.items()]:
-        for dtype in ("float32", "bf16"):
-            pair = [of.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
-            if any(pair):
-                told = [[f"{result['ratios'][side]:.2f}" if result else "not measured" for result in pair] for side in ("default", "tuned")]
-                rows.append([f"{title}, {dtype}", *map(" / ".join, told)])
+    for of, where in ((results, ""), (other, ", on an EPYC")):
+        for start, title in IN_SHORT.items():
+            for dtype in ("float32", "bf16"):
+                pair = [of.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
+                if any(pair):
+                    told = [
+                        [f"{result['ratios'][side]:.2f}" if result else "not measured" for result in pair] for side in ("default", "tuned")
+                    ]
+                    rows.append([f"{title}{where}, {dtype}", *map(" / ".join, told)])
     return lines_of(rows)
 
 

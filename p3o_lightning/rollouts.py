@@ -180,7 +180,7 @@ class SamplingPolicy(ReferencedPolicy):
             raise InputError("model.reward_funcs is missing: give a reward model (folder or checkpoint) or a Python function.")
         if self.vllm is not None:
             self.vllm.begin(self)
-        allows(self.model)  # tried out while it is whole; sampling asks for it too, and attends alike in all stages
+        allows(self.model)  # tried out while it is whole: the loader of a resumed run asks before any forward; and all stages attend alike
         super().setup(stage)
 
     @property

@@ -33,7 +33,7 @@ def one_token_attention(
 def half_is_slow() -> bool:
     """Whether this CPU is an x86 processor without units for matrices (AMX): it then multiplies half precision number by number.
 
-    Attention of one token takes 2 to 5 times as long there as in float32, the copies that this needs included.
+    Attention of one token takes 2 to 5 times as long there as in float32 (with 8 rows or more), the copies that this needs included.
     """
     return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
