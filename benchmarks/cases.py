@@ -101,7 +101,7 @@ def _table() -> dict[str, Case]:
     for short, dtype in reversed(both):
         cases[f"smollm2-fixed-{short}-4epochs"] = replace(smollm2, dtype=dtype, epochs=4, micro_batches=(8,), resident=True)  # type: ignore[arg-type]
     for short, dtype in reversed(both):
-        cases[f"smollm2-uneven-{short}-lora"] = replace(smollm2, lengths="uneven", dtype=dtype, lora=16)  # type: ignore[arg-type]
+        cases[f"smollm2-uneven-{short}-lora"] = replace(smollm2, lengths="uneven", dtype=dtype, lora=16, micro_batches=(8,), resident=True)  # type: ignore[arg-type]
     return cases
 
 
