@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from p3o_lightning.processor import bfloat16_is_emulated
+
 Product = Callable[[Tensor], Tensor]  # (*row, channel in) to (*row, channel out)
 
 LARGE = 2**19  # numbers in a float32 weight from which on blocks pay, 2 MiB: what a core's own cache holds
@@ -25,7 +27,7 @@ def prepacked(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | Non
     blocks = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if weight.is_cpu and weight.dtype == torch.float32:
         return _in_blocks(weight, bias) if blocks and weight.numel() >= LARGE else _transposed(weight, bias)
-    if weight.is_cpu and weight.dtype == torch.bfloat16 and blocks and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and blocks and not bfloat16_is_emulated():
         return _in_blocks(weight, bias)
     return lambda rows: nn.functional.linear(rows, weight, bias)
 

@@ -38,6 +38,7 @@ from p3o_lightning.models import (
     from_description,
     read_checkpoint,
 )
+from p3o_lightning.processor import bfloat16_is_emulated
 from p3o_lightning.scoring import rows_apart
 from p3o_lightning.sharding import is_split, prepare_split, splits, whole_state_dict, whole_weights
 from p3o_lightning.text import visible
@@ -90,7 +91,12 @@ class Stage(L.LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Compile the layers of all models, if it is asked for."""
+        """Compile the layers of all models, if it is asked for; say so where the precision is a slow one."""
+        if self.device.type == "cpu" and self._product_dtype() == torch.bfloat16 and bfloat16_is_emulated():
+            rank_zero_warn(
+                f"trainer.precision is {self.trainer.precision}, weights are {self.model.dtype}, and this CPU has no units for bfloat16: "
+                "matrix products take some ten times as long as in float32. Set trainer.precision to 32-true and model.dtype to float32."
+            )
         if not self.torch_compile:
             return
         if splits(self.trainer.strategy):
@@ -99,6 +105,12 @@ class Stage(L.LightningModule):
             check_compiler()
         for model in (self.model, *self.frozen_models):
             compile_layers(model)
+
+    def _product_dtype(self) -> torch.dtype:
+        """In which the run multiplies matrices."""
+        one = torch.ones(1, 1, dtype=self.model.dtype)
+        with self.trainer.precision_plugin.forward_context():
+            return torch.mm(one, one).dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in torch, which Lightning calls for `precision: bf16-true`; see `buffers_kept`."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache as once
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from p3o_lightning.processor import half_attention_is_slow
 
 KEYS = 2**21  # bytes of keys that are in float32 at a time: with as many of values they stay in a core's caches
 
@@ -22,20 +22,11 @@ def one_token_attention(
     plain = mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (len(query), 1, 1))
     if query.shape[2] != 1 or not plain:
         return None
-    if query.is_cpu and key.dtype.itemsize < 4 and half_is_slow():
+    if query.is_cpu and key.dtype.itemsize < 4 and half_attention_is_slow():
         return attend_in_float32(query, key, value, mask, scaling)
     if query.is_cuda and key.shape[1] < query.shape[1] and mask is not None:
         return attend_by_groups(query, key, value, mask, scaling)
     return None
-
-
-@once
-def half_is_slow() -> bool:
-    """Whether this CPU is an x86 processor without units for matrices (AMX): it then multiplies half precision number by number.
-
-    Attention of one token takes 2 to 5 times as long there as in float32 (with 8 rows or more), the copies that this needs included.
-    """
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
 
 
 def attend_in_float32(

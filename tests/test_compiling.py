@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -102,6 +103,6 @@ def test_a_machine_without_a_compiler_is_told_before_training(monkeypatch, tmp_p
 
 def test_a_model_that_is_split_over_processes_is_refused():
     stage = stage_of("supervised", torch_compile=True)
-    stage._trainer = SimpleNamespace(strategy=FSDP2Strategy())
+    stage._trainer = SimpleNamespace(strategy=FSDP2Strategy(), precision_plugin=Precision())
     with pytest.raises(InputError, match=r"model.torch_compile is true, but the strategy splits"):
         stage.on_fit_start()

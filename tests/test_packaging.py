@@ -72,6 +72,7 @@ LAYERS = [
         "forwards",
         "packing",
         "token_attention",
+        "processor",
         "phases",
         "casting",
         "prepacked",

@@ -11,7 +11,7 @@ from p3o_lightning import packing, token_attention
 from p3o_lightning.generation import Sampling, sample_with_logps
 from p3o_lightning.packing import packed_attention
 from p3o_lightning.scoring import allows
-from p3o_lightning.token_attention import attend_by_groups, attend_in_float32, half_is_slow
+from p3o_lightning.token_attention import attend_by_groups, attend_in_float32
 from tests.families import EOS, PAD, causal, left_padded
 
 GROUPED = torch.nn.Module()
@@ -55,7 +55,7 @@ def test_in_float32_only_the_result_is_rounded(dtype, masked, rows_at_a_time, mo
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_cpu_goes_by_float32_where_half_precision_is_slow(slow, monkeypatch):
     """One new token with a mask a row: whatever else there is, transformers' own way is right."""
-    monkeypatch.setattr(token_attention, "half_is_slow", lambda: slow)
+    monkeypatch.setattr(token_attention, "half_attention_is_slow", lambda: slow)
     went = []
     monkeypatch.setattr(token_attention, "attend_in_float32", lambda *given: went.append(1) or attend_in_float32(*given))
 
@@ -76,7 +76,7 @@ def test_a_cpu_goes_by_float32_where_half_precision_is_slow(slow, monkeypatch):
 
 
 def test_what_is_more_than_a_softmax_of_products_is_left_to_transformers(monkeypatch):
-    monkeypatch.setattr(token_attention, "half_is_slow", lambda: True)
+    monkeypatch.setattr(token_attention, "half_attention_is_slow", lambda: True)
     left: list[dict[str, object]] = []
     monkeypatch.setattr(packing, "sdpa_attention_forward", lambda *_, **given: left.append(given) or (torch.zeros(3, 1, 6, 8), None))
     given, mask = states(torch.bfloat16)
@@ -94,7 +94,7 @@ def test_sampling_in_bf16_attends_so_and_draws_nearly_the_same(monkeypatch):
     _, tokens, mask = left_padded([3, 7, 1, 4, 2])
 
     def sampled(slow):
-        monkeypatch.setattr(token_attention, "half_is_slow", lambda: slow)
+        monkeypatch.setattr(token_attention, "half_attention_is_slow", lambda: slow)
         with torch.autocast("cpu", torch.bfloat16):
             return sample_with_logps(model, tokens, mask, Sampling(4, 12), eos_token_id=EOS, pad_token_id=PAD, seed=5)
 
@@ -106,15 +106,3 @@ def test_sampling_in_bf16_attends_so_and_draws_nearly_the_same(monkeypatch):
     same = (plain[0] == ours[0]).long().cumprod(-1).bool() & plain[1] & ours[1]
     assert same.sum() > 0.5 * plain[1].sum()
     assert (ours[2] - plain[2])[same].abs().mean() < 0.03
-
-
-def test_which_processors_are_slow(monkeypatch):
-    def slow(capability, units):
-        half_is_slow.cache_clear()
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
-        return half_is_slow()
-
-    assert slow("AVX512", False) and slow("AVX2", False)
-    assert not slow("AVX512", True) and not slow("SVE256", False) and not slow("DEFAULT", False)
-    half_is_slow.cache_clear()

@@ -132,6 +132,8 @@ def check_machine(report: Report) -> None:
     """Cores, threads, memory, disk, accelerators."""
     import torch
 
+    from p3o_lightning.processor import bfloat16_is_emulated
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS")
     report.ok(f"{cores} CPU cores, {torch.get_num_threads()} torch threads (OMP_NUM_THREADS {'not set' if threads is None else threads})")
@@ -158,19 +160,10 @@ def check_machine(report: Report) -> None:
         report.ok("Apple GPU (mps)")
     else:
         report.note("no GPU: runs on the CPU, which suits models of up to some 100 M parameters")
-    if _cpu_has_bfloat16():
-        report.ok("bfloat16 on the CPU")
-    else:
+    if bfloat16_is_emulated():
         report.note("bfloat16 is emulated on this CPU, and slow: use float32 there")
-
-
-def _cpu_has_bfloat16() -> bool:
-    import torch
-
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return False
+    else:
+        report.ok("bfloat16 on the CPU")
 
 
 def tiny_policy(**settings: Any) -> Any:
