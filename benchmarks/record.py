@@ -39,7 +39,7 @@ def is_measured(file: Path, case: Case, commit: str, rounds: int) -> bool:
         return False
     result = json.loads(file.read_text())
     there, here = result["machine"], machine(case.gpu)
-    same = all(there.get(part) == here.get(part) for part in ("processor", "cores", "gpu"))
+    same = all(there.get(part) == here.get(part) for part in ("processor", "instructions", "cores", "gpu"))
     return bool(same and result["commit"] == commit and result["case"] == case.to_json() and result["rounds"] >= rounds)
 
 

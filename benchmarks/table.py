@@ -13,7 +13,7 @@ from cases import CASES, GPU, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
 FRONT = README.parent.parent / "README.md"
-OTHER = record.RESULTS / "epyc"  # the same cases on a processor of another kind
+OTHERS = {"epyc-zen4": "an EPYC", "epyc-zen3": "an EPYC without AVX-512"}  # results on other processors: folder -> what it is
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
 GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: ratios to reach, and then to aim at
@@ -38,11 +38,17 @@ IN_SHORT = {  # what the project's README calls a pair of cases, of fixed and of
 }
 AXIS = {"responses": "responses a prompt", "length": "tokens of a response", "batch": "prompts of a rollout", "size": "parameters"}
 Results = dict[str, dict[str, Any]]
+Elsewhere = dict[str, Results]  # by the name of the folder
 
 
 def read(results: Path = record.RESULTS) -> Results:
     """By the name of the file."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
+
+
+def read_others() -> Elsewhere:
+    """Those of the other processors."""
+    return {folder: read(record.RESULTS / folder) for folder in OTHERS}
 
 
 def lines_of(rows: list[list[str]]) -> list[str]:
@@ -111,10 +117,10 @@ def goals(results: Results) -> list[str]:
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
-def in_short(results: Results, other: Results) -> list[str]:
+def in_short(results: Results, others: Elsewhere) -> list[str]:
     """Ratios alone, of one epoch and one thread: fixed / uneven lengths."""
     rows = [["", *(f"against {SIDES[side]}" for side in ("default", "tuned"))]]
-    for of, where in ((results, ""), (other, ", on an EPYC")):
+    for of, where in ((results, ""), *((other, f", on {OTHERS[folder]}") for folder, other in others.items())):
         for start, title in IN_SHORT.items():
             for dtype in ("float32", "bf16"):
                 pair = [of.get(f"{start}-{lengths}-{dtype}") for lengths in ("fixed", "uneven")]
@@ -143,10 +149,10 @@ def phases(results: Results, gpu: bool = False) -> list[str]:
     return lines_of(rows) if len(rows) > 1 else ["Nothing yet."]
 
 
-def against_us(results: Results, other: Results | None = None) -> list[str]:
+def against_us(results: Results, others: Elsewhere | None = None) -> list[str]:
     """Cases where TRL is faster, or holds less memory, at its better setting of the two."""
     found = []
-    there = {f"{name}, on the other processor": result for name, result in in_order(other or {}).items()}
+    there = {f"{name}, on {OTHERS[folder]}": result for folder, other in (others or {}).items() for name, result in in_order(other).items()}
     for name, result in (in_order(results) | in_order(results, gpu=True) | there).items():
         found += [f"* {name}: {SIDES[side]} is faster, {ratio:.2f}." for side, ratio in result["ratios"].items() if ratio < 1]
         ours, least = (result["sides"][side]["summary"]["peak_mib"] for side in ("ours", "tuned"))
@@ -155,13 +161,16 @@ def against_us(results: Results, other: Results | None = None) -> list[str]:
     return found or ["* No row of the tables is slower than TRL, or holds more memory than TRL tuned."]
 
 
-def missing(results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2), other: Results | None = None) -> list[str]:
-    """The rows of the table that have no result, and those that have one on the `other` processor alone."""
+def missing(
+    results: Results, cases: dict[str, Case] = CASES, threads: tuple[int, ...] = (1, 2), others: Elsewhere | None = None
+) -> list[str]:
+    """The rows of the table that have no result, and those that have one on another processor alone."""
+    there = {row for other in (others or {}).values() for row in other}
     rows = [record.path_of(name, count).stem for name in cases for count in threads]
     lacking = [row for row in rows if row not in results]
-    elsewhere = [f"`{row}`" for row in lacking if row in (other or {})]
-    nowhere = [f"`{row}`" for row in lacking if row not in (other or {})]
-    told = ["Measured on the other processor alone, below: " + ", ".join(elsewhere) + "."] if elsewhere else []
+    elsewhere = [f"`{row}`" for row in lacking if row in there]
+    nowhere = [f"`{row}`" for row in lacking if row not in there]
+    told = ["Measured on another processor alone, below: " + ", ".join(elsewhere) + "."] if elsewhere else []
     told += ["Not measured: " + ", ".join(nowhere) + "."] if nowhere else []
     return told or ["Every row of the table is measured."]
 
@@ -331,21 +340,27 @@ def machines(results: Results) -> list[str]:
     return sorted(told)
 
 
-def sections(results: Results, other: Results) -> dict[str, list[str]]:
-    """Marker -> what stands there, of these results and of those on the other processor."""
+def on_another(other: Results) -> list[str]:
+    """All that is told of another processor."""
+    set_before = [*goals(other), ""] if GOALS.keys() & other.keys() else []
+    return [*comparison(other), "", *machines(other), *quiet(other), "", *set_before, *phases(other)]
+
+
+def sections(results: Results, others: Elsewhere) -> dict[str, list[str]]:
+    """Marker -> what stands there, of these results and of those on other processors."""
     on_gpu = in_order(results, gpu=True)
     results = {name: result for name, result in results.items() if name not in on_gpu}
     return {
         "comparison": [
             *comparison(results),
             "",
-            *missing(results, other=other),
+            *missing(results, others=others),
             "",
             *machines(results),
             *quiet(results),
             *picture("ratios"),
         ],
-        "other processor": [*comparison(other), "", *machines(other), *quiet(other), "", *goals(other), "", *phases(other)],
+        **{folder: on_another(other) for folder, other in others.items()},
         "gpu": [
             *comparison(on_gpu, gpu=True),
             "",
@@ -357,7 +372,7 @@ def sections(results: Results, other: Results) -> dict[str, list[str]]:
         ],
         "goals": goals(results),
         "phases": phases(results),
-        "against us": against_us(results | on_gpu, other),
+        "against us": against_us(results | on_gpu, others),
         "growth": [*growth(results), *picture("growth")],
         "overhead": overhead(results),
     }
@@ -375,10 +390,10 @@ def fill(text: str, parts: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    results, other = read(), read(OTHER)
+    results, others = read(), read_others()
     draw(results, record.RESULTS)
-    README.write_text(fill(README.read_text(), sections(results, other)))
-    FRONT.write_text(fill(FRONT.read_text(), {"speed": in_short(results, other)}))
+    README.write_text(fill(README.read_text(), sections(results, others)))
+    FRONT.write_text(fill(FRONT.read_text(), {"speed": in_short(results, others)}))
     print(f"{README}: {len(in_order(results))} cases against TRL, {len(results)} results in all")
 
 
