@@ -19,6 +19,7 @@ import hypothesis
 import pytest
 import torch
 from running import p3o  # noqa: F401  (a fixture)
+from saved_models import policy_folder, reward_folder  # noqa: F401  (fixtures)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from families import word_tokenizer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from saved_models import BYTES, TINY, refuses
 from test_metrics import by_hand
-from test_models import BYTES, TINY, refuses
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

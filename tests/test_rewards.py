@@ -43,7 +43,7 @@ import numpy as np
 import pytest
 import torch
 from families import word_tokenizer
-from test_models import BYTES, TINY, checkpoint, disturb, refuses, saved
+from saved_models import BYTES, TINY, checkpoint, disturb, refuses, saved
 from torch import nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
