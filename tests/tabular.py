@@ -6,11 +6,14 @@ responses and 7 contexts to speak in. The policy is a table of logits "context v
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 EOS, MAX_LENGTH = 0, 3
 CONTEXTS = [prefix for length in range(MAX_LENGTH) for prefix in product((1, 2), repeat=length)]
@@ -77,6 +80,29 @@ def all_draws(count: int) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(len(RESPONSES))] * count)
 
 
+PAIRS = all_draws(2)
+BETA = 0.7  # price of KL: large, so that an error in that part cannot hide
+UNCLIPPED = {"clip_range": math.inf, "weight_cap": math.inf}
+FORMS = {
+    "joint": {"clipping": "joint"},
+    "separate": {"clipping": "separate"},
+    "separate own ratio": {"clipping": "separate", "cross_weight": False},
+}
+DISTANCES = {name: make_world(step) for name, step in STEPS.items()}
+
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+pair_form = pytest.mark.parametrize("form", [FORMS["joint"], FORMS["separate"]], ids=["joint", "separate"])
+each_distance = pytest.mark.parametrize("world", DISTANCES.values(), ids=DISTANCES.keys())
+off_policy = pytest.mark.parametrize("world", list(DISTANCES.values())[1:], ids=list(DISTANCES)[1:])
+
+
+def close(actual, expected, tolerance: float = 1e-13) -> None:
+    """Of tensors both in float64: what was computed in float32 must fail."""
+    actual = actual if isinstance(actual, Tensor) else torch.tensor(actual, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    assert_close(actual, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max())))
+
+
 def coefficients(loss, logps: Tensor) -> Tensor:
     """d loss / d logps of each row on its own, "prompt response". `loss` maps logps to terms, a mean over rows."""
     leaf = logps.detach().clone().requires_grad_()
@@ -95,3 +121,19 @@ def gradient(function, logits: Tensor) -> Tensor:
     """Gradient of a scalar function of the logits, flat."""
     leaf = logits.detach().clone().requires_grad_()
     return torch.autograd.grad(function(leaf), leaf)[0].flatten()
+
+
+def expected_reward(world: World):
+    """E r, as a function of the logits."""
+    return lambda logits: (sequence_logps(logits).exp() * world.rewards).sum()
+
+
+def kl_objective(world: World, source: str = "current"):
+    """E r - beta E log(pi/pi_ref), with the current or the frozen sampling policy inside the logarithm."""
+
+    def objective(logits):
+        logps = sequence_logps(logits)
+        inside = logps if source == "current" else world.old_logps
+        return (logps.exp() * (world.rewards - BETA * (inside - world.ref_logps))).sum()
+
+    return objective

@@ -1,20 +1,17 @@
 """What P3O promises, checked by exact enumeration (tests/tabular.py) and by hand. Ids such as A2 number the properties; see the test names.
 
-The power of these tests (without D6, which trains), found by planting one error at a time in objectives.py:
-    planted error                        first test that fails, without test_ (cases that fail)
+Clipping (E) is in test_objectives_clip.py, the token form (G) in test_objectives_tokens.py, samples of another engine (K) in
+test_sampler_correction.py. The power of these tests (without D6, which trains), found by planting one error at a time in objectives.py:
+    planted error                        first test that fails, without test_ (cases that fail, of all the files)
     missing 1/2                          a1_a3_on_policy_gradient_is_that_of_the_expected_reward_though_clipped (91)
-    missing 1/2 (token)                  g6_token_loss_starts_with_the_gradient_of_the_joint_loss_and_value_0 (5)
     weight not detached (joint)          a2_a7_unclipped_gradient_is_that_of_the_expected_reward_from_old_samples (24)
     weight not detached (separate)       a1_a3_on_policy_gradient_is_that_of_the_expected_reward_though_clipped (34)
-    weight not detached (token)          token_loss_dead_zone_and_the_gradient_outside_it (2)
     q not detached                       a4_unclipped_forms_have_the_same_gradient_pair_by_pair (25)
-    q not detached (token)               token_loss_dead_zone_and_the_gradient_outside_it (2)
     scores not detached                  only_the_loss_carries_a_gradient (1)
     own and other weight mixed up        a2_a7_unclipped_gradient_is_that_of_the_expected_reward_from_old_samples (22)
     joint weight w_i / w_j               a2_a7_unclipped_gradient_is_that_of_the_expected_reward_from_old_samples (27)
     wrong clip side (joint)              a9_joint_loss_has_the_gradient_of_the_authors_form (7)
     wrong clip side (separate)           c8_own_ratio_form_of_two_is_sequence_ppo_with_rloo_advantages (12)
-    wrong clip side (token)              token_loss_dead_zone_and_the_gradient_outside_it (2)
     clamp without min (joint)            a9_joint_loss_has_the_gradient_of_the_authors_form (7)
     clamp without min (separate)         c8_own_ratio_form_of_two_is_sequence_ppo_with_rloo_advantages (10)
     no clip at all (joint)               a9_joint_loss_has_the_gradient_of_the_authors_form (5)
@@ -22,23 +19,16 @@ The power of these tests (without D6, which trains), found by planting one error
     KL sign                              a5_on_policy_gradient_of_each_pair (64)
     KL dropped                           a5_on_policy_gradient_of_each_pair (64)
     kl_source swapped                    a9_joint_loss_has_the_gradient_of_the_authors_form (38)
-    kl_source swapped (token)            token_loss_without_a_clip_is_the_joint_loss_without_a_clip (4)
     cap removed                          a8_without_the_joint_weight_the_joint_gradient_is_biased (16)
     cap one-sided                        a9_joint_loss_has_the_gradient_of_the_authors_form (8)
-    cap not in log space                 e7_everything_is_finite_at_60_nats (18)
     cross weight always on               c8_own_ratio_form_of_two_is_sequence_ppo_with_rloo_advantages (5)
     rms scales the reward alone          b4_scaling_reward_and_kl_price_scales_the_gradient (10)
     rms replaced by std                  rms_scale_by_hand (1)
     zero rms not guarded                 rms_scale_leaves_a_batch_of_ties_as_it_is (1)
     gaps transposed                      gaps_of_scores_are_scores (11)
     pairs with the diagonal              a1_a3_on_policy_gradient_is_that_of_the_expected_reward_though_clipped (97)
-    pair range: mean, not RMS            each_response_may_have_its_own_range (1)
     half precision kept                  a_small_gap_at_a_large_offset_survives_half_precision (1)
-    mask ignored                         g6_token_loss_starts_with_the_gradient_of_the_joint_loss_and_value_0 (6)
-    length, not its root                 sqrt_length_clip_range (1)
-    approx_kl of the inverse ratio       e7_everything_is_finite_at_60_nats (20)
     k3 of the inverse ratio              kl_estimates_k1_and_k3_are_unbiased_and_k2_nearly (2)
-    clip_fraction counts the other side  e1_e3_joint_dead_zone_and_the_gradient_outside_it (8)
 
 The first tests of many errors are off-policy ones: at pi = pi_old a weight that carries gradient (joint), mixed-up weights, the wrong clip
 side and the source of the KL are invisible, so no test of the clip may be reduced to that case.
@@ -51,17 +41,25 @@ import math
 
 import pytest
 import torch
+from p3o_terms import coefs_of, gradient_of, loss_of, random_rows
 from tabular import (
-    LENGTHS,
+    BETA,
+    FORMS,
     MASK,
+    PAIRS,
     RESPONSES,
-    STEPS,
-    World,
-    all_draws,
+    UNCLIPPED,
+    close,
     coefficients,
+    each_distance,
+    each_form,
     expected_gradient,
+    expected_reward,
     gradient,
+    kl_objective,
     make_world,
+    off_policy,
+    pair_form,
     sequence_logps,
     token_logps,
 )
@@ -69,53 +67,6 @@ from torch.testing import assert_close
 
 from p3o_lightning.errors import InputError
 from p3o_lightning.objectives import kl_estimates, p3o_loss, p3o_token_loss, sqrt_length_clip_range
-
-PAIRS = all_draws(2)
-UNCLIPPED = {"clip_range": math.inf, "weight_cap": math.inf}
-FORMS = {
-    "joint": {"clipping": "joint"},
-    "separate": {"clipping": "separate"},
-    "separate own ratio": {"clipping": "separate", "cross_weight": False},
-}
-BETA = 0.7  # large, so that an error in the KL part cannot hide
-
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-each_distance = pytest.mark.parametrize("world", [make_world(step) for step in STEPS.values()], ids=STEPS.keys())
-off_policy = pytest.mark.parametrize("world", [make_world(step) for step in list(STEPS.values())[1:]], ids=list(STEPS)[1:])
-
-
-def close(actual, expected, tolerance):
-    actual = actual if isinstance(actual, torch.Tensor) else torch.tensor(actual, dtype=torch.float64)  # a float32 tensor must fail
-    assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
-
-
-def loss_of(world: World, draws=PAIRS, **settings):
-    """The loss as a function of the current log-probabilities, one row for each draw."""
-    settings = {"kl_coef": 0.0, **settings}
-    if "gaps" not in settings:
-        settings.setdefault("scores", world.rewards[draws])
-    return lambda logps: p3o_loss(logps, world.old_logps[draws], world.ref_logps[draws], **settings)
-
-
-def coefs_of(world: World, draws=PAIRS, **settings):
-    return coefficients(loss_of(world, draws, **settings), world.logps[draws])
-
-
-def gradient_of(world: World, draws=PAIRS, **settings):
-    """Expected gradient of the loss over draws from the policy that sampled."""
-    return expected_gradient(coefs_of(world, draws, **settings), draws, world.old_logps, world.score_functions)
-
-
-def expected_reward(world: World):
-    return lambda logits: (sequence_logps(logits).exp() * world.rewards).sum()
-
-
-def random_rows(rows: int, count: int, seed: int = 1, spread: float = 1.0):
-    """logps, old_logps, ref_logps, scores of the shape (rows, count), as if drawn by any policy."""
-    generator = torch.Generator().manual_seed(seed)
-    old, ref, drift, scores = (torch.randn(rows, count, dtype=torch.float64, generator=generator) for _ in range(4))
-    return old - 20 + spread * drift, old - 20, ref - 20, scores
-
 
 # ---- A: the gradient is the policy gradient ---------------------------------------------------------------------------------------------
 
@@ -272,7 +223,7 @@ def test_c1_c2_c4_c5_on_policy_it_is_rloo_and_dr_grpo_times_k_over_k_minus_1(for
     close(coefs, -(count / (count - 1)) * dr_grpo / count, 1e-13)
 
 
-@pytest.mark.parametrize("form", [FORMS["joint"], FORMS["separate"]], ids=["joint", "separate"])
+@pair_form
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_c6_off_policy_it_is_a_leave_one_out_weighted_baseline(form, count):
     """Unclipped: 1/(K(K-1)) w_i W_i (r_i - b_i), with W_i the others' total weight and b_i their weighted mean reward: O(K)."""
@@ -309,7 +260,7 @@ def test_c8_own_ratio_form_of_two_is_sequence_ppo_with_rloo_advantages(world):
     close(coefficients(own, world.logps[PAIRS]), coefficients(ppo, world.logps[PAIRS]), 1e-14)
 
 
-@pytest.mark.parametrize("form", [FORMS["joint"], FORMS["separate"]], ids=["joint", "separate"])
+@pair_form
 def test_loss_of_many_responses_is_the_mean_of_its_pairs(form):
     logps, old, ref, scores = random_rows(4, 4)
     pairs = [p3o_loss(*(t[:, [i, j]] for t in (logps, old, ref, scores)), **form) for i in range(4) for j in range(i + 1, 4)]
@@ -347,17 +298,6 @@ def test_intransitive_gaps_follow_self_play(form):
 # ---- D: the KL term ---------------------------------------------------------------------------------------------------------------------
 
 
-def kl_objective(world: World, source: str):
-    """E r - beta E log(pi/pi_ref), with the current or the frozen sampling policy inside the logarithm."""
-
-    def objective(logits):
-        logps = sequence_logps(logits)
-        inside = logps if source == "current" else world.old_logps
-        return (logps.exp() * (world.rewards - BETA * (inside - world.ref_logps))).sum()
-
-    return objective
-
-
 @each_form
 @each_distance
 @pytest.mark.parametrize("source", ["current", "rollout"])
@@ -369,7 +309,7 @@ def test_d1_d2_unclipped_gradient_is_that_of_the_kl_objective(form, world, sourc
 @each_form
 def test_d3_on_policy_both_sources_are_the_kl_gradient_though_clipped(form):
     world = make_world(0.0)
-    wanted = gradient(kl_objective(world, "current"), world.logits)
+    wanted = gradient(kl_objective(world), world.logits)
     for source in ("current", "rollout"):
         close(gradient_of(world, kl_coef=BETA, kl_source=source, **form), -wanted, 1e-13)
 
@@ -385,7 +325,7 @@ def test_d4_at_the_optimum_every_pair_is_silent(form):
 
 
 @pytest.mark.parametrize("source", ["current", "rollout"])
-@pytest.mark.parametrize("form", [FORMS["joint"], FORMS["separate"]], ids=["joint", "separate"])
+@pair_form
 def test_d6_clipped_training_converges_to_the_optimum(form, source):
     """beta = 2 keeps every response likely; a response of probability 1e-7 would stall exact gradient ascent as well."""
     world, beta = make_world(0.0), 2.0
@@ -408,142 +348,6 @@ def test_d6_clipped_training_converges_to_the_optimum(form, source):
     assert (final.exp() * (final - best)).sum() < 1e-6
 
 
-# ---- E: clipping ------------------------------------------------------------------------------------------------------------------------
-
-
-def box(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
-
-
-@off_policy
-def test_e1_e3_joint_dead_zone_and_the_gradient_outside_it(world):
-    coefs = coefs_of(world, kl_coef=BETA)
-    shaped, logratio = world.rewards - BETA * (world.logps - world.ref_logps), world.logps - world.old_logps
-    dead = wrong_way = 0
-    for (first, second), coef in zip(PAIRS.tolist(), coefs.tolist(), strict=True):
-        q, drift = (shaped[first] - shaped[second]).item(), (logratio[first] - logratio[second]).item()
-        if (q > 0 and drift > 0.2) or (q < 0 and drift < -0.2):
-            assert coef == [0.0, 0.0]
-            dead += 1
-        else:
-            wrong_way += abs(drift) > 0.2  # beyond the box, on the side that the reward pulls back from
-            weight = box(math.exp(logratio[first] + logratio[second]), 1 / 10, 10)
-            close(coef, [-weight * q / 2, weight * q / 2], 1e-13)
-    assert dead > 20 and wrong_way > 20
-    assert loss_of(world, kl_coef=BETA)(world.logps[PAIRS]).clip_fraction.item() == pytest.approx(dead / 225)
-
-
-@off_policy
-@pytest.mark.parametrize("cross_weight", [True, False])
-def test_e2_separate_dead_zones_and_the_gradient_outside_them(world, cross_weight):
-    settings = {"clipping": "separate", "cross_weight": cross_weight, "kl_coef": BETA}
-    coefs = coefs_of(world, **settings)
-    shaped, ratio = world.rewards - BETA * (world.logps - world.ref_logps), (world.logps - world.old_logps).exp()
-    dead = wrong_way = 0
-    for pair, coef in zip(PAIRS.tolist(), coefs.tolist(), strict=True):
-        for own in (0, 1):
-            w, other = ratio[pair[own]].item(), ratio[pair[1 - own]].item()
-            q = (shaped[pair[own]] - shaped[pair[1 - own]]).item()  # from the own side: > 0 if this response should gain
-            if (q > 0 and w > 1.2) or (q < 0 and w < 0.8):
-                assert coef[own] == 0.0
-                dead += 1
-            else:
-                wrong_way += not 0.8 < w < 1.2
-                close(coef[own], -(box(other, 1 / 10, 10) if cross_weight else 1.0) * q * w / 2, 1e-13)
-    assert dead > 20 and wrong_way > 20
-    assert loss_of(world, **settings)(world.logps[PAIRS]).clip_fraction.item() == pytest.approx(dead / 450)
-
-
-@each_distance
-def test_e4_e5_joint_coefficients_of_a_pair_cancel_and_separate_ones_need_not(world):
-    close(coefs_of(world, kl_coef=BETA).sum(-1), torch.zeros(225), 1e-14)
-    if not torch.equal(world.logits, world.old_logits):
-        assert coefs_of(world, kl_coef=BETA, clipping="separate").sum(-1).abs().max() > 0.1
-
-
-@each_form
-@off_policy
-def test_e6_clipping_only_lowers_the_objective_of_each_pair(form, world):
-    for pair in PAIRS[::4]:
-        draws = pair[None]
-        clipped, free = (loss_of(world, draws, kl_coef=BETA, clip_range=e, **form)(world.logps[draws]).loss for e in (0.2, math.inf))
-        assert clipped >= free - 1e-15
-
-
-@pytest.mark.parametrize("nats, weight", [(60.0, 10.0), (-60.0, 0.1)])
-def test_e7_the_cap_scales_by_exactly_c_or_its_inverse(nats, weight):
-    old = torch.zeros(1, 2, dtype=torch.float64)
-    scores = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    # joint: both drift by `nats`, so D - D_old = 0 is inside the box and the weight is the cap: -+ c q / 2
-    joint = coefficients(lambda leaf: p3o_loss(leaf, old, old, scores, kl_coef=0.0), old + nats)
-    close(joint, [[-weight / 2, weight / 2]], 1e-13)
-    # separate: only the second drifts; the first is at ratio 1 and is weighed by the second's cap
-    separate = coefficients(
-        lambda leaf: p3o_loss(leaf, old, old, scores, kl_coef=0.0, clipping="separate"),
-        old + torch.tensor([0.0, nats], dtype=torch.float64),
-    )
-    close(separate[0, 0], -weight / 2, 1e-13)
-
-
-@each_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scores", [(3.0, -2.0), (-2.0, 3.0), (1.0, 1.0)])
-def test_e7_everything_is_finite_at_60_nats(form, dtype, scores):
-    corners = [(a, b) for a in (-60.0, 0.0, 60.0) for b in (-60.0, 0.0, 60.0)]
-    old = torch.zeros(len(corners), 2, dtype=dtype)
-    logps = torch.tensor(corners, dtype=dtype).requires_grad_()
-    rewards = torch.tensor([scores] * len(corners))
-    lone = p3o_token_loss(logps[..., None], old[..., None], torch.ones(len(corners), 2, 1, dtype=torch.bool), old, rewards)
-    wide = {"clip_range": math.inf, "weight_cap": 1e6}
-    for terms in (p3o_loss(logps, old, old, rewards, **form), p3o_loss(logps, old, old, rewards, **wide, **form), lone):
-        assert all(value.isfinite() for value in terms)
-        assert torch.autograd.grad(terms.loss, logps, retain_graph=True)[0].isfinite().all()
-
-
-def test_e8_the_joint_box_does_not_see_common_drift():
-    old, scores = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
-    assert p3o_loss(old + math.log(20), old, old, scores).clip_fraction == 0
-    assert p3o_loss(old + math.log(20), old, old, scores, clipping="separate").clip_fraction == 0.5
-
-
-@each_form
-def test_e9_exactly_at_the_edge_the_gradient_stays(form):
-    old, scores = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    edge = torch.tensor([[0.5 if form["clipping"] == "joint" else math.log(1.5), 0.0]], dtype=torch.float64)
-    coefs = coefficients(lambda leaf: p3o_loss(leaf, old, old, scores, kl_coef=0.0, clip_range=0.5, **form), edge)
-    close(coefs[0, 0], -edge[0, 0].exp() / 2, 1e-13)
-
-
-def test_each_response_may_have_its_own_range():
-    # separate: w = (1.3, 0.7), q = 1: response 1 is dead beyond 1 + e_1, response 2 below 1 - e_2
-    old, scores = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
-    logps = torch.tensor([[1.3, 0.7]]).log()
-    for ranges, alive in (((0.2, 0.4), [False, True]), ((0.4, 0.2), [True, False])):
-        own = torch.tensor([ranges])
-        coefs = coefficients(lambda leaf, e=own: p3o_loss(leaf, old, old, scores, kl_coef=0.0, clipping="separate", clip_range=e), logps)
-        assert (coefs != 0)[0].tolist() == alive
-    # joint: ranges 3 and 4 make sqrt((9 + 16) / 2) = 3.5355 for the pair
-    for drift, dead in ((3.53, 0), (3.54, 1)):
-        moved = torch.tensor([[drift, 0.0]])
-        assert p3o_loss(moved, old, old, scores, kl_coef=0.0, clip_range=torch.tensor([[3.0, 4.0]])).clip_fraction == dead
-
-
-@each_form
-def test_equal_ranges_are_one_range(form):
-    logps, old, ref, scores = random_rows(8, 3)
-    assert_close(
-        p3o_loss(logps, old, ref, scores, clip_range=torch.full_like(old, 0.3), **form),
-        p3o_loss(logps, old, ref, scores, clip_range=0.3, **form),
-    )
-
-
-def test_sqrt_length_clip_range():
-    ranges = sqrt_length_clip_range(0.2, torch.tensor([[64, 256], [16, 0]]), 64)
-    assert_close(ranges, torch.tensor([[0.2, 0.4], [0.1, 0.2 / 8]]))  # an empty response counts as one token
-    logps, old, ref, scores = random_rows(2, 2)
-    assert p3o_loss(logps, old, ref, scores, clip_range=ranges).loss.dtype == torch.float64
-
-
 # ---- F: ties ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -563,134 +367,13 @@ def test_f1_f4_ties_and_identical_responses_add_nothing(form):
 @off_policy
 def test_f3_with_ties_in_the_mean_the_gradient_stays_exact_and_dropping_them_does_not(form, world):
     world = world._replace(rewards=(world.rewards > 0).double())  # right or wrong: many ties
-    wanted = -gradient(kl_objective(world, "current"), world.logits)
+    wanted = -gradient(kl_objective(world), world.logits)
     settings = {"kl_coef": BETA, **form, **UNCLIPPED}
     coefs = coefs_of(world, **settings)
     close(expected_gradient(coefs, PAIRS, world.old_logps, world.score_functions), wanted, 1e-13)
     kept = world.rewards[PAIRS[:, 0]] != world.rewards[PAIRS[:, 1]]
     dropped = expected_gradient(coefs * kept[:, None], PAIRS, world.old_logps, world.score_functions)
     assert torch.cosine_similarity(dropped, wanted, dim=0) < 0.999  # no rescaling repairs it
-
-
-# ---- G: tokens --------------------------------------------------------------------------------------------------------------------------
-
-
-def token_batch(world: World, draws):
-    return token_logps(world.logits)[draws], token_logps(world.old_logits)[draws], MASK[draws]
-
-
-def test_g6_token_loss_starts_with_the_gradient_of_the_joint_loss_and_value_0():
-    world = make_world(0.0)
-    new, old, mask = token_batch(world, PAIRS)
-    coefs = coefficients(lambda leaf: p3o_token_loss(leaf, old, mask, world.ref_logps[PAIRS], world.rewards[PAIRS], kl_coef=BETA), new)
-    close(coefs, coefs_of(world, kl_coef=BETA)[..., None] * mask, 1e-13)
-    assert p3o_token_loss(new, old, mask, world.ref_logps[PAIRS], world.rewards[PAIRS], kl_coef=BETA).loss.abs() <= 1e-15
-
-
-@off_policy
-def test_token_loss_without_a_clip_is_the_joint_loss_without_a_clip(world):
-    draws = all_draws(3)[::7]
-    new, old, mask = token_batch(world, draws)
-    for source in ("current", "rollout"):
-        settings = {"kl_coef": BETA, "kl_source": source, "clip_range": math.inf}
-        token = p3o_token_loss(new, old, mask, world.ref_logps[draws], world.rewards[draws], **settings)
-        whole = loss_of(world, draws, **settings)(world.logps[draws])
-        for field, value in token._asdict().items():
-            close(value, getattr(whole, field), 1e-12)
-
-
-@off_policy
-def test_token_loss_dead_zone_and_the_gradient_outside_it(world):
-    new, old, mask = token_batch(world, PAIRS)
-    ranges = torch.tensor([[0.2, 0.3]], dtype=torch.float64).expand(225, 2)
-    settings = {"kl_coef": BETA, "clip_range": ranges}
-    loss = lambda leaf: p3o_token_loss(leaf, old, mask, world.ref_logps[PAIRS], world.rewards[PAIRS], **settings)  # noqa: E731
-    coefs = coefficients(loss, new)
-    shaped, logratio = world.rewards - BETA * (world.logps - world.ref_logps), world.logps - world.old_logps
-    dead = tokens = 0
-    value = 0.0
-    for row, pair in enumerate(PAIRS.tolist()):
-        weight = box(math.exp(logratio[pair[0]] + logratio[pair[1]]), 1 / 10, 10)
-        for own, eps in ((0, 0.2), (1, 0.3)):
-            q = (shaped[pair[own]] - shaped[pair[1 - own]]).item()
-            for t in range(int(LENGTHS[pair[own]])):
-                drift, coef = (new[row, own, t] - old[row, own, t]).item(), coefs[row, own, t].item()
-                tokens += 1
-                value -= weight / 2 * min(q * drift, q * box(drift, -eps, eps)) / 225
-                if (q > 0 and drift > eps) or (q < 0 and drift < -eps):
-                    assert coef == 0.0
-                    dead += 1
-                else:
-                    close(coef, -weight * q / 2, 1e-13)
-    assert (coefs[~mask] == 0).all()
-    assert 20 < dead < tokens - 20
-    assert loss(new).clip_fraction.item() == pytest.approx(dead / tokens)
-    close(loss(new).loss, value, 1e-13)
-
-
-@pytest.mark.parametrize("filler", [7.0, math.inf, math.nan])
-def test_g7_what_padding_holds_and_how_much_there_is_of_it_changes_nothing(filler):
-    world = make_world(0.3)
-    draws = all_draws(2)[::5]
-    new, old, mask = token_batch(world, draws)
-    rest = (world.ref_logps[draws], world.rewards[draws])
-    padding = torch.full((*mask.shape[:2], 4), filler, dtype=torch.float64)
-
-    def padded(tokens):
-        return torch.cat([tokens.masked_fill(~mask, filler), padding], -1)
-
-    long_mask = torch.cat([mask, torch.zeros_like(padding, dtype=torch.bool)], -1)
-    plain = p3o_token_loss(new, old, mask, *rest)
-    assert_close(p3o_token_loss(padded(new), padded(old), long_mask, *rest), plain, rtol=1e-14, atol=1e-14)
-    coefs = coefficients(lambda leaf: p3o_token_loss(leaf, old, mask, *rest), new)
-    long_coefs = coefficients(lambda leaf: p3o_token_loss(leaf, padded(old), long_mask, *rest), padded(new))
-    assert_close(long_coefs[..., :3], coefs, rtol=1e-14, atol=1e-14)
-    assert (long_coefs[..., 3:] == 0).all()
-    assert_close(kl_estimates(padded(new), padded(old), long_mask), kl_estimates(new, old, mask), rtol=1e-14, atol=1e-14)
-
-
-def test_token_loss_takes_gaps():
-    world = make_world(0.3)
-    draws = all_draws(3)[::29]
-    new, old, mask = token_batch(world, draws)
-    scores = world.rewards[draws]
-    gaps = scores[:, :, None] - scores[:, None, :]
-    by_gaps = p3o_token_loss(new, old, mask, world.ref_logps[draws], gaps=gaps, gap_scale="rms")
-    assert_close(by_gaps, p3o_token_loss(new, old, mask, world.ref_logps[draws], scores, gap_scale="rms"))
-
-
-# ---- K: samples of another engine -------------------------------------------------------------------------------------------------------
-
-
-def sampler_of(world: World):
-    """An engine whose probabilities are slightly off: mu, not pi_old."""
-    noise = torch.randn(world.logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    return sequence_logps(world.old_logits + 0.2 * noise)
-
-
-def test_k1_pair_correction_is_unbiased_and_no_correction_is_not():
-    """gap rho_i rho_j, rho = pi_old / mu, corrects for the sampler mu while the clip stays around pi_old."""
-    world = make_world(0.0)
-    mu = sampler_of(world)
-    rho = (world.old_logps - mu).exp()[PAIRS]
-    rewards = world.rewards[PAIRS]
-    gaps = (rewards[:, :, None] - rewards[:, None, :]) * (rho[:, :, None] * rho[:, None, :])
-    wanted = -gradient(expected_reward(world), world.logits)
-    for form in FORMS.values():
-        close(expected_gradient(coefs_of(world, gaps=gaps, **form), PAIRS, mu, world.score_functions), wanted, 1e-13)
-        biased = expected_gradient(coefs_of(world, **form), PAIRS, mu, world.score_functions)
-        assert (biased - wanted).norm() > 1e-3
-
-
-@each_form
-@off_policy
-def test_k1_k2_weights_against_the_sampler_are_unbiased_in_pair_and_own_form(form, world):
-    """w_i rho_i = pi / mu: handing the sampler's log-probabilities in as the old ones corrects both forms."""
-    mu = sampler_of(world)
-    loss = lambda logps: p3o_loss(logps, mu[PAIRS], world.ref_logps[PAIRS], world.rewards[PAIRS], kl_coef=BETA, **form, **UNCLIPPED)  # noqa: E731
-    coefs = coefficients(loss, world.logps[PAIRS])
-    wanted = -gradient(kl_objective(world, "current"), world.logits)
-    close(expected_gradient(coefs, PAIRS, mu, world.score_functions), wanted, 1e-13)
 
 
 # ---- by hand ----------------------------------------------------------------------------------------------------------------------------

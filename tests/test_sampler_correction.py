@@ -11,9 +11,29 @@ import math
 
 import pytest
 import torch
-from tabular import MASK, STEPS, all_draws, coefficients, expected_gradient, gradient, make_world, sequence_logps, token_logps
+from p3o_terms import coefs_of
+from tabular import (
+    BETA,
+    FORMS,
+    MASK,
+    PAIRS,
+    UNCLIPPED,
+    all_draws,
+    close,
+    coefficients,
+    each_distance,
+    each_form,
+    expected_gradient,
+    expected_reward,
+    gradient,
+    kl_objective,
+    make_world,
+    off_policy,
+    pair_form,
+    sequence_logps,
+    token_logps,
+)
 from tiny import Recorder, equal, policy, prompts, trainer, weights
-from torch.testing import assert_close
 
 from p3o_lightning import InputError, PairwisePolicy
 from p3o_lightning.batches import Experience
@@ -22,17 +42,7 @@ from p3o_lightning.objectives import p3o_loss, p3o_token_loss
 from p3o_lightning.proofs import prove_sampler_is_policy
 from p3o_lightning.sampler_correction import sampler_weights
 
-PAIRS = all_draws(2)
-FREE = {"clip_range": math.inf, "weight_cap": math.inf}
 UNCAPPED = {"sampler_cap": math.inf}
-FORMS = {
-    "joint": {"clipping": "joint"},
-    "separate": {"clipping": "separate"},
-    "separate own ratio": {"clipping": "separate", "cross_weight": False},
-}
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-pair_form = pytest.mark.parametrize("form", [FORMS["joint"], FORMS["separate"]], ids=["joint", "separate"])
-each_distance = pytest.mark.parametrize("world", [make_world(step) for step in STEPS.values()], ids=STEPS.keys())
 
 
 def sampler_of(world, step=0.4):
@@ -43,19 +53,10 @@ def sampler_of(world, step=0.4):
 
 def gradient_from(world, drawn_from, draws=PAIRS, **settings):
     """Expected gradient of the loss over draws from these logits."""
-    settings = {"kl_coef": 0.7, **settings}
+    settings = {"kl_coef": BETA, **settings}
     rows = (world.old_logps[draws], world.ref_logps[draws], world.rewards[draws])
     coefs = coefficients(lambda logps: p3o_loss(logps, *rows, **settings), world.logps[draws])
     return expected_gradient(coefs, draws, sequence_logps(drawn_from), world.score_functions)
-
-
-def objective(world):
-    """Reward less the price of KL, whose exact gradient the losses estimate."""
-    return lambda logits: (sequence_logps(logits).exp() * (world.rewards - 0.7 * (sequence_logps(logits) - world.ref_logps))).sum()
-
-
-def close(one, other, tolerance=1e-13):
-    assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # ---- unbiased
@@ -66,9 +67,9 @@ def close(one, other, tolerance=1e-13):
 def test_k1_k2_unclipped_gradient_from_the_samplers_draws_is_that_of_the_objective(world, form):
     """K1: a pair's weight is rho_i rho_j. K2: where a term has its own ratio alone, so is its weight."""
     mu = sampler_of(world)
-    corrected = gradient_from(world, mu, sampler_logps=sequence_logps(mu)[PAIRS], **FREE, **UNCAPPED, **form)
-    close(corrected, -gradient(objective(world), world.logits))
-    uncorrected = gradient_from(world, mu, **FREE, **form)
+    corrected = gradient_from(world, mu, sampler_logps=sequence_logps(mu)[PAIRS], **UNCLIPPED, **UNCAPPED, **form)
+    close(corrected, -gradient(kl_objective(world), world.logits))
+    uncorrected = gradient_from(world, mu, **UNCLIPPED, **form)
     assert (uncorrected - corrected).norm() > 0.02 * corrected.norm()  # what the weights are for
 
 
@@ -77,8 +78,8 @@ def test_k1_k2_unclipped_gradient_from_the_samplers_draws_is_that_of_the_objecti
 def test_k1_k2_hold_for_all_pairs_of_more_responses(form, count):
     world, draws = make_world(0.3), all_draws(count)
     mu = sampler_of(world)
-    corrected = gradient_from(world, mu, draws, sampler_logps=sequence_logps(mu)[draws], **FREE, **UNCAPPED, **form)
-    close(corrected, -gradient(objective(world), world.logits))
+    corrected = gradient_from(world, mu, draws, sampler_logps=sequence_logps(mu)[draws], **UNCLIPPED, **UNCAPPED, **form)
+    close(corrected, -gradient(kl_objective(world), world.logits))
 
 
 @each_distance
@@ -126,6 +127,31 @@ def test_the_token_clip_is_corrected_by_pairs_of_whole_responses(world):
         return torch.zeros(len(MASK), 3, dtype=torch.float64).index_add(0, PAIRS.flatten(), total.flatten(0, 1))
 
     close(expected(mu, sampler_token_logps=token_logps(mu)[PAIRS], **UNCAPPED), expected(world.old_logits))
+
+
+def test_k1_pair_correction_is_unbiased_and_no_correction_is_not():
+    """gap rho_i rho_j, rho = pi_old / mu, corrects for the sampler mu while the clip stays around pi_old."""
+    world = make_world(0.0)
+    mu = sequence_logps(sampler_of(world))
+    rho = (world.old_logps - mu).exp()[PAIRS]
+    rewards = world.rewards[PAIRS]
+    gaps = (rewards[:, :, None] - rewards[:, None, :]) * (rho[:, :, None] * rho[:, None, :])
+    wanted = -gradient(expected_reward(world), world.logits)
+    for form in FORMS.values():
+        close(expected_gradient(coefs_of(world, gaps=gaps, **form), PAIRS, mu, world.score_functions), wanted, 1e-13)
+        biased = expected_gradient(coefs_of(world, **form), PAIRS, mu, world.score_functions)
+        assert (biased - wanted).norm() > 1e-3
+
+
+@each_form
+@off_policy
+def test_k1_k2_weights_against_the_sampler_are_unbiased_in_pair_and_own_form(form, world):
+    """w_i rho_i = pi / mu: handing the sampler's log-probabilities in as the old ones corrects both forms."""
+    mu = sequence_logps(sampler_of(world))
+    loss = lambda logps: p3o_loss(logps, mu[PAIRS], world.ref_logps[PAIRS], world.rewards[PAIRS], kl_coef=BETA, **form, **UNCLIPPED)  # noqa: E731
+    coefs = coefficients(loss, world.logps[PAIRS])
+    wanted = -gradient(kl_objective(world), world.logits)
+    close(expected_gradient(coefs, PAIRS, mu, world.score_functions), wanted, 1e-13)
 
 
 # ---- to the bit, caps, masks
@@ -182,7 +208,7 @@ def test_own_weights_are_capped_one_by_one():
     logps, old, ref, scores = (values[:1, :2].double() for values in random_rows())
     sampler = old - torch.tensor([[2.0, 4.0]], dtype=torch.float64).log()
     leaf = logps.clone().requires_grad_()
-    form = {**FORMS["separate own ratio"], **FREE, "kl_coef": 0.0}
+    form = {**FORMS["separate own ratio"], **UNCLIPPED, "kl_coef": 0.0}
     (plain,) = torch.autograd.grad(p3o_loss(leaf, old, ref, scores, **form).loss, leaf)
     (own,) = torch.autograd.grad(p3o_loss(leaf, old, ref, scores, sampler_logps=sampler, **form).loss, leaf)
     close(own, plain * torch.tensor([[2.0, 3.0]], dtype=torch.float64), 1e-12)
