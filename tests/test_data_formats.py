@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -72,8 +73,12 @@ KINDS = [".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".csv", ".datas
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_rows(tmp_path, kind):
-    expected = [Row(row["prompt"], (row["chosen"], row["rejected"]), None, {}) for row in PAIRS]
-    assert rows_of(write(tmp_path, kind, PAIRS)) == expected
+    pairs = PAIRS
+    if kind == ".csv" and sys.version_info < (3, 11):  # whose csv module takes no NUL
+        pairs = [row for row in PAIRS if "\0" not in "".join(row.values())]
+        assert len(pairs) == len(PAIRS) - 1
+    expected = [Row(row["prompt"], (row["chosen"], row["rejected"]), None, {}) for row in pairs]
+    assert rows_of(write(tmp_path, kind, pairs)) == expected
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".csv"])

@@ -58,9 +58,11 @@ def test_a_consumer_that_stops_early_leaves_no_worker(tmp_path):
         os.kill(worker, 0)
 
 
-def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True], ids=["in front", "in the background of a script, where Ctrl-C is ignored"])
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path, ignored):
     mark = tmp_path / "a"
     code = f"from tests.test_worker_pool import odd_jobs, run_jobs\nlist(run_jobs(odd_jobs, [('stay', {str(mark)!r})], 1))"
+    code = f"import signal\nsignal.signal(signal.SIGINT, signal.{'SIG_IGN' if ignored else 'default_int_handler'})\n" + code
     (tmp_path / "pool.py").write_text("if __name__ == '__main__':\n    " + code.replace("\n", "\n    "))
     root = Path(__file__).parent.parent
     paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])

@@ -38,14 +38,14 @@ _IGNORED = (
 )
 
 
-class CurrentStderr(logging.StreamHandler[TextIO]):
+class CurrentStderr(logging.StreamHandler):  # without a type: it takes one from Python 3.11 on only
     """Writes to what `sys.stderr` is now: the progress bar puts a proxy there, so that a message does not land in its middle."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         """Asked at every message."""
         return sys.stderr
 

@@ -84,6 +84,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `p3o frontier ... &` in a script ignores it, and would never be told to end
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     while True:
         try:
