@@ -81,7 +81,7 @@ def test_every_argument_of_a_class_is_documented(p3o, owner):
     shown = p3o("fit", f"--{key}", owner.__name__, "--help").out
     for name in inspect.signature(owner).parameters:
         assert f"--{key}.{name}" in shown
-        assert f"\n        {name}: " in owner.__doc__, name
+        assert f"\n    {name}: " in inspect.getdoc(owner), name
 
 
 # ------------------------------------------------------------------------------------------------ configs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def _resolved(key: str, path: str | Path) -> Path:
     """Where the path leads."""
     try:
         place = Path(path).expanduser().resolve()
-        place.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):  # it may have to be made
+            place.stat()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a home that is not known, a zero byte
         raise InputError(f"{key} is {str(path)!r:.80}, which is no usable path ({error!s:.60}): name another.") from error
     return place
