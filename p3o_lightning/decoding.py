@@ -70,11 +70,16 @@ class Rereading:
 def new_cache(model: nn.Module, capacity: int) -> DynamicCache | None:
     """An empty cache, or None for a model whose state cannot be repeated for K responses and freed of finished rows."""
     base = unwrapped(model)
-    if accepts(model, "past_key_values") and attends_only(base):
+    if cache_argument(model) and attends_only(base):
         config: Any = base.config
         return roomy_cache(config.get_text_config(decoder=True), capacity)
     _say_slow(type(base).__name__)
     return None
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What the model's forward calls its cache: `past_key_values`, `cache` since transformers 5.24; None for one that takes none."""
+    return next((name for name in ("cache", "past_key_values") if accepts(model, name)), None)
 
 
 @once
@@ -86,7 +91,7 @@ def last_logits(model: nn.Module, tokens: Tensor, attention_mask: Tensor, positi
     """Logits of the last position; the cache, if any, grows by the tokens."""
     options: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": cache is not None}
     if cache is not None:
-        options["past_key_values"] = cache
+        options[cache_argument(model) or "cache"] = cache
     if accepts(model, "position_ids"):
         options["position_ids"] = positions
     if accepts(model, "logits_to_keep"):

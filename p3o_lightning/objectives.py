@@ -150,13 +150,13 @@ def p3o_loss(
     if clipping == "joint":
         drift = logratio[:, i] - logratio[:, j]  # D - D_old
         box = _pair_ranges(clip_range, drift, i, j)
-        free, clipped = q * drift, q * torch.clamp(drift, -box, box)
+        free, clipped = q * drift, q * _clip(drift, -box, box)
         surrogate = _weight(logratio[:, i] + logratio[:, j], weight_cap) * torch.minimum(free, clipped)
         surrogate = surrogate * _pair_rho(old_logps, sampler_logps, *correction, i, j)
     else:
         ratio = logratio.clamp(max=_LOSS_NATS).exp()  # w
         eps = _ranges(clip_range, ratio)
-        boxed = torch.clamp(ratio, 1 - eps, 1 + eps)
+        boxed = _clip(ratio, 1 - eps, 1 + eps)
         weight = _weight(logratio, weight_cap) if cross_weight else torch.ones_like(logratio)  # v
         q_i, q_j = q * weight[:, j], -q * weight[:, i]  # each response is led by its own ratio and weighed by the other's
         free = torch.stack([q_i * ratio[:, i], q_j * ratio[:, j]])
@@ -222,13 +222,14 @@ def p3o_token_loss(
     logratio = drift.sum(-1)  # log w
     eps = _ranges(clip_range, logratio)[..., None]
     # min(q d, q clip(d)) is q min(d, eps) for q > 0 and q max(d, -eps) for q < 0: two sums for each response instead of one for each pair.
-    rise, fall = torch.clamp(drift, max=eps).sum(-1), torch.clamp(drift, min=-eps).sum(-1)
+    above, below = drift > eps, drift < -eps
+    rise, fall = torch.where(above, eps, drift).sum(-1), torch.where(below, -eps, drift).sum(-1)
     gain = torch.where(q > 0, rise[:, i] - fall[:, j], fall[:, i] - rise[:, j])
     surrogate = _weight(logratio[:, i] + logratio[:, j], weight_cap) * q * gain
     sampler_logps = None if sampler_token_logps is None else _precise(sampler_token_logps).masked_fill(~mask, 0).sum(-1)
     surrogate = surrogate * _pair_rho(old_token_logps.sum(-1), sampler_logps, sampler_correction, sampler_cap, i, j)
 
-    high, low = (drift > eps).sum(-1), (drift < -eps).sum(-1)
+    high, low = above.sum(-1), below.sum(-1)
     removed = torch.where(q > 0, high[:, i] + low[:, j], low[:, i] + high[:, j]) * (q != 0)
     lengths = mask.sum(-1)
     clip_fraction = removed.sum() / (lengths[:, i] + lengths[:, j]).sum().clamp(min=1)
@@ -364,6 +365,11 @@ def _shaped_gaps(
         rms = gap.square().mean().sqrt()
         q = q / torch.where(rms > 0, rms, torch.ones_like(rms))
     return q
+
+
+def _clip(values: Tensor, low: Number | Tensor, high: Number | Tensor) -> Tensor:
+    """clip(values, low, high), with the gradient at its very edges, which torch.clamp keeps before torch 2.15 and drops from then on."""
+    return torch.where(values < low, low, torch.where(values > high, high, values))
 
 
 def _weight(logweight: Tensor, cap: Number) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from p3o_lightning.batches import Experience
 from p3o_lightning.errors import InputError
-from p3o_lightning.objectives import _LOSS_NATS, _METRIC_NATS, Number, _pairs, _precise, kl_estimates
+from p3o_lightning.objectives import _LOSS_NATS, _METRIC_NATS, Number, _clip, _pairs, _precise, kl_estimates
 
 
 class RelativeTerms(NamedTuple):
@@ -79,7 +79,7 @@ def clipped_gain(ratio: Tensor, advantage: Tensor, clip_range: Number, clip_rang
     for name, value in (("clip_range", clip_range), ("clip_range_high", high)):
         if not value > 0:
             raise InputError(f"{name} is {value}, but the box it spans must not be empty: choose a value above 0.")
-    free, boxed = ratio * advantage, ratio.clamp(1 - clip_range, 1 + high) * advantage
+    free, boxed = ratio * advantage, _clip(ratio, 1 - clip_range, 1 + high) * advantage
     return torch.minimum(free, boxed), (boxed < free).to(free.dtype)
 
 

@@ -26,6 +26,8 @@ The power of these tests, found by planting one error at a time in generation.py
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import logging
 import math
@@ -279,6 +281,27 @@ def test_attention_families_use_their_cache(family, monkeypatch):
     assert widths[0] == max(LENGTHS) and set(widths[1:]) == {1}
 
 
+def test_a_cache_by_its_former_and_its_present_name(monkeypatch):
+    """transformers 5.24 calls it `cache`; models whose code comes with their weights go on with `past_key_values`."""
+    model, widths = causal("llama"), []
+    forward, own = model.forward, decoding.cache_argument(model)
+    expected = sampled(model, Sampling(3, STEPS, 1.3))[1]
+
+    def former(input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, logits_to_keep=0):
+        widths.append(input_ids.shape[1])
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache, own: past_key_values}
+        return forward(input_ids, logits_to_keep=logits_to_keep, **options)
+
+    def present(input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None, logits_to_keep=0):
+        return former(input_ids, attention_mask, position_ids, cache, use_cache, logits_to_keep)
+
+    for named in (former, present):
+        monkeypatch.setattr(model, "forward", named)
+        assert torch.equal(sampled(model, Sampling(3, STEPS, 1.3))[1], expected)
+        assert widths[0] == max(LENGTHS) and set(widths[1:]) == {1}
+        widths.clear()
+
+
 @pytest.mark.parametrize("family", ["mamba", "jamba"])
 def test_a_model_that_holds_more_than_keys_and_values_draws_within_generate(family, caplog):
     """Which reads the prompts once, then a token a step; the line that says so comes once; its log-probabilities are those of scoring."""
@@ -310,11 +333,14 @@ def test_a_model_whose_generate_gives_other_logits_is_read_again(wrong, monkeypa
     model = causal("mamba")
     forward = model.forward
 
-    def forgetful(input_ids, cache_params=None, **options):
-        if wrong == "error" and cache_params is not None:
+    name = next(name for name in ("cache", "cache_params") if name in inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)  # generate asks for the arguments' names
+    def forgetful(input_ids, **options):
+        state = options.pop(name, None)
+        if wrong == "error" and state is not None:
             raise ValueError("no state for me")
-        answer = forward(input_ids, **options) if input_ids.shape[1] == 1 else forward(input_ids, cache_params=cache_params, **options)
-        return answer
+        return forward(input_ids, **options) if input_ids.shape[1] == 1 else forward(input_ids, **{name: state}, **options)
 
     monkeypatch.setattr(model, "forward", forgetful)
     assert not generate_fallback.generates(model)

@@ -20,6 +20,7 @@ from tabular import BETA, PAIRS, close, coefficients, each_distance, each_form, 
 from torch.testing import assert_close
 
 from p3o_lightning.objectives import p3o_loss, p3o_token_loss, sqrt_length_clip_range
+from p3o_lightning.relative_terms import clipped_gain
 
 
 @off_policy
@@ -119,6 +120,16 @@ def test_e9_exactly_at_the_edge_the_gradient_stays(form):
     edge = torch.tensor([[0.5 if form["clipping"] == "joint" else math.log(1.5), 0.0]], dtype=torch.float64)
     coefs = coefficients(lambda leaf: p3o_loss(leaf, old, old, scores, kl_coef=0.0, clip_range=0.5, **form), edge)
     close(coefs[0, 0], -edge[0, 0].exp() / 2, 1e-13)
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_e9_so_does_that_of_tokens_and_of_ppos_ratios(side):
+    edge = torch.tensor([[[0.5 * side], [0.0]]], dtype=torch.float64, requires_grad=True)
+    mask, scores, old = torch.ones(1, 2, 1, dtype=torch.bool), torch.tensor([[side, 0.0]]), torch.zeros(1, 2, 1)
+    loss = p3o_token_loss(edge, old, mask, torch.zeros(1, 2), scores, kl_coef=0.0, clip_range=0.5, weight_cap=1).loss
+    assert torch.autograd.grad(loss, edge)[0].flatten().tolist() == [-side / 2, side / 2]
+    ratio = torch.tensor(1 + 0.5 * side, requires_grad=True)
+    assert torch.autograd.grad(clipped_gain(ratio, torch.tensor(float(side)), 0.5)[0], ratio)[0] == side
 
 
 def test_each_response_may_have_its_own_range():
