@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GPTJPreTrainedModel
 
 from p3o_lightning import head, scoring
 from p3o_lightning.forwards import completion_logits, completion_logps, eval_mode, sequence_scores, text_logps, turn_dropout_off
@@ -27,15 +27,8 @@ from tests.families import VOCABULARY, causal, config, left_padded
 from tests.tiny import policy, prompts, trainer
 
 PACKING = ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "opt"]
-NOT_PACKING = [
-    "gemma2",
-    "gemma3_text",
-    "mistral",
-    "bloom",
-    "mamba",
-    "jamba",
-    "gptj",
-]  # short windows, ALiBi, recurrent layers, attention of its own
+NOT_PACKING = ["gemma2", "gemma3_text", "mistral", "bloom", "mamba", "jamba"]  # short windows, ALiBi, recurrent layers
+(PACKING if GPTJPreTrainedModel._supports_attention_backend else NOT_PACKING).append("gptj")  # attention of its own before transformers 5.24
 
 
 def batch(count=3, length=4, lengths=(3, 8, 1), seed=5):
