@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu bench bench-growth bench-gpu bench-quick \
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu test-oldest test-newest bench bench-growth bench-gpu bench-quick \
   study study-quick study-smollm2 ci clean
 
 help:  ## this list
@@ -49,8 +49,10 @@ check: setup  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+QUICK := not slow and not browser and not soak and not gpu
+
 test: setup  ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not soak and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "$(QUICK)"
 
 test-slow: setup  ## the slow tests; pytest's exit 5 says that there are none
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not browser and not soak and not gpu" || test $$? -eq 5
@@ -63,6 +65,19 @@ test-browser: setup  ## the dashboard in a real Chromium (Debian: apt-get instal
 
 test-gpu: setup  ## on a machine with a GPU: that it computes what the CPU does
 	$(BIN)/python -m pytest -m gpu
+
+# An environment of its own, of releases that requirements.lock does not pin. On Linux uv takes torch's CUDA build.
+define test-with
+	test -x .venv-$(1)/bin/uv || { $(PYTHON) -m venv .venv-$(1) && .venv-$(1)/bin/python -m pip install uv; }
+	.venv-$(1)/bin/uv pip install --python .venv-$(1)/bin/python --upgrade --resolution $(2) -e ".[peft,gguf,plots,dev]"
+	.venv-$(1)/bin/python -m pytest -n $(WORKERS) -m "$(QUICK)"
+endef
+
+test-oldest:  ## before a release: the quick tests with the oldest packages that pyproject.toml admits
+	$(call test-with,oldest,lowest-direct)
+
+test-newest:  ## before a release: the quick tests with the newest packages
+	$(call test-with,newest,highest)
 
 # The peer gets an environment of its own, with the same torch and transformers.
 .venv-trl/.set-up: requirements.lock

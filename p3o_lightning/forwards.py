@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,9 +59,16 @@ def _set_noise_off(item: Any) -> None:
         setattr(item, name, 0.0)
 
 
+_ARGUMENTS: WeakKeyDictionary[Callable[..., Any], frozenset[str]] = WeakKeyDictionary()  # by forward: a decoding step asks each time
+
+
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward takes this argument (families differ on position_ids and logits_to_keep)."""
-    return argument in inspect.signature(unwrapped(model).forward).parameters
+    forward = unwrapped(model).forward
+    forward = getattr(forward, "__func__", forward)  # a bound method is another object each time
+    if forward not in _ARGUMENTS:
+        _ARGUMENTS[forward] = frozenset(inspect.signature(forward).parameters)
+    return argument in _ARGUMENTS[forward]
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -28,7 +28,7 @@ from tests.tiny import policy, prompts, trainer
 
 PACKING = ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "opt"]
 NOT_PACKING = ["gemma2", "gemma3_text", "mistral", "bloom", "mamba", "jamba"]  # short windows, ALiBi, recurrent layers
-(PACKING if GPTJPreTrainedModel._supports_attention_backend else NOT_PACKING).append("gptj")  # attention of its own before transformers 5.24
+(PACKING if GPTJPreTrainedModel._supports_attention_backend else NOT_PACKING).append("gptj")  # attention of its own till transformers 5.23
 
 
 def batch(count=3, length=4, lengths=(3, 8, 1), seed=5):
