@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from tiny import letters, preferences, share_of_a, trainer, weights
 from torch.testing import assert_close
@@ -120,12 +121,14 @@ def test_a_window_hides_what_lies_before_it(family, sees):
 
 def test_a_tokenizer_that_autotokenizer_would_change_is_told_and_read_back_as_it_was(tmp_path):
     """Beside a Qwen2 model AutoTokenizer takes Qwen2Tokenizer whatever was saved (so for distilled models of other families)."""
-    tokenizer = letters()
+    tokenizer, text = letters(), "don't bad 12"
     module = SupervisedPolicy(source("qwen2"), tokenizer=tokenizer)
+    module.model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    if AutoTokenizer.from_pretrained(tmp_path / "plain")(text)["input_ids"] == tokenizer(text)["input_ids"]:
+        pytest.skip(f"AutoTokenizer of transformers {transformers.__version__} takes the class that was saved")
     with pytest.warns(UserWarning, match="AutoTokenizer reads text otherwise than this run did.*transformers.PreTrainedTokenizerFast"):
         folder = module.export(tmp_path / "export")
-    text = "don't bad 12"
-    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != tokenizer(text)["input_ids"], "the warning has no cause any more"
     assert load_tokenizer(str(folder))(text)["input_ids"] == tokenizer(text)["input_ids"]
     card = (folder / "README.md").read_text()
     assert 'PreTrainedTokenizerFast.from_pretrained("this folder")' in card and "AutoTokenizer" not in card

@@ -53,7 +53,7 @@ def test_the_progress_of_runs_is_shown_on_a_terminal(here, monkeypatch, capsys, 
     assert frontier.run_all(tasks, runs, 2) == {}
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     if not terminal:
-        assert shown == ""
+        assert shown.strip() == ""  # rich before 14.3 ends a line
         return
     last = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("runs")][-1]
     assert "tasks" in shown and "2/2" in shown and "2/5" in shown and "5/5" in last
