@@ -297,7 +297,7 @@ def built(tmp_path_factory) -> Path:
     """A folder with the sdist, the wheel built from it, and in `direct/` the wheel built from the tree."""
     folder = tmp_path_factory.mktemp("built")
     tree = folder / "tree"
-    left_behind = (".venv", ".git", "runs", "models", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    left_behind = (".venv*", ".git", "runs", "models", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*left_behind))
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree, cwd=folder)
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder / "direct", tree, cwd=folder)
