@@ -135,4 +135,4 @@ ci: check test test-slow  ## what CI runs
 
 clean:  ## remove what builds and tests leave; .venv, runs and models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
