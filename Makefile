@@ -14,8 +14,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu test-oldest test-newest bench bench-growth bench-gpu bench-quick \
-  study study-quick study-smollm2 ci clean
+.PHONY: help setup demo smollm2 format check test test-slow test-soak test-browser test-gpu test-oldest test-newest \
+  bench bench-growth bench-gpu bench-quick study study-quick study-smollm2 ci clean
 
 help:  ## this list
 	@awk -F ':.*## +' '/^[a-z0-9-]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -133,6 +133,6 @@ study-smollm2: setup  ## P3O and PPO on a real model and hh-rlhf, with a second 
 
 ci: check test test-slow  ## what CI runs
 
-clean:  ## remove what builds and tests leave; .venv, runs and models stay
+clean:  ## remove what builds and tests leave; environments, runs and models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
