@@ -13,7 +13,11 @@ from cases import CASES, GPU, GROWTH, Case
 
 README = Path(__file__).resolve().parent / "README.md"
 FRONT = README.parent.parent / "README.md"
-OTHERS = {"epyc-zen4": "an EPYC", "epyc-zen3": "an EPYC without AVX-512"}  # results on other processors: folder -> what it is
+OTHERS = {  # results on other processors: folder -> what it is
+    "epyc-zen5": "a Zen 5 EPYC",
+    "epyc-zen4": "a Zen 4 EPYC",
+    "epyc-zen3": "a Zen 3 EPYC, without AVX-512",
+}
 SIDES = {"ours": "p3o_lightning", "compiled": "compiled", "default": "TRL as it comes", "tuned": "TRL tuned"}
 PHASES = ("generation", "scoring", "update")
 GOALS: dict[str, dict[str, list[float]]] = {  # set before anything was built: ratios to reach, and then to aim at

@@ -402,7 +402,7 @@ def test_in_short_a_row_has_both_lengths():
     assert table.in_short(results, {"epyc-zen4": there})[2:] == [
         "| 15 M parameters, float32 | 2.50 / 3.00 | 1.50 / 2.00 |",
         "| 135 M parameters, bf16 | 1.25 / not measured | 1.00 / not measured |",
-        "| 15 M parameters, on an EPYC, bf16 | 3.00 / not measured | 2.00 / not measured |",
+        "| 15 M parameters, on a Zen 4 EPYC, bf16 | 3.00 / not measured | 2.00 / not measured |",
     ]
 
 
@@ -428,7 +428,7 @@ def test_what_is_against_us_is_told():
     slower = table.against_us({name: result(name, 4.0, 10.0, 3.0, ours_mib=3.0)})
     assert slower == [f"* {name}: TRL tuned is faster, 0.75.", f"* {name}: ours holds 3 MiB, TRL tuned 2 MiB."]
     (elsewhere,) = table.against_us({}, {"epyc-zen4": {name: result(name, 4.0, 10.0, 3.0)}})
-    assert elsewhere == f"* {name}, on an EPYC: TRL tuned is faster, 0.75."
+    assert elsewhere == f"* {name}, on a Zen 4 EPYC: TRL tuned is faster, 0.75."
 
 
 def test_growth_is_a_slope_beside_that_of_the_operations():
